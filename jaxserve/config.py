@@ -1,0 +1,180 @@
+"""The engine's configuration: frozen, nested, the only place with defaults; `jaxserve` flags are its fields.
+
+``None`` or ``"auto"`` means "let the platform choose"; `jaxserve.platforms.resolve` returns a copy with every
+such field filled, and logs what it chose.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from jaxserve.errors import ConfigError
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+Batching = Literal["continuous", "static", "dynamic"]
+Ordering = Literal["fcfs", "priority"]
+Attention = Literal["auto", "reference", "xla"]
+Device = Literal["auto", "cpu", "gpu", "tpu"]
+
+
+def _option(default: Any, description: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": description})
+
+
+def _default_cache_dir() -> Path:
+    root = os.environ.get("JAXSERVE_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "jaxserve")
+    return Path(root).expanduser()
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Which weights, in which precision."""
+
+    model: str = _option("smollm2-135m-instruct", "name in the catalogue, local folder, .gguf file, or hub name")
+    tokenizer: str | None = _option(None, "folder or tokenizer.json to use instead of the model's own")
+    revision: str | None = _option(None, "hub revision (branch, tag or commit) used for every file")
+    dtype: DType = _option("auto", "precision of weights, activations and KV")
+    max_model_len: int | None = _option(None, "longest prompt + output in tokens; default: the model's own, as memory allows")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class CacheConfig:
+    """The paged KV cache."""
+
+    page_size: int = _option(16, "tokens in a KV page; a power of two")
+    num_pages: int | None = _option(None, "KV pages; default: as many as fit in memory_fraction")
+    memory_fraction: float = _option(0.9, "share of the device's memory that the engine may use (of free host memory on CPU: a third of it)")
+    watermark: float = _option(0.01, "share of the pages that admission leaves free for running requests to grow")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    """Who runs when."""
+
+    batching: Batching = _option("continuous", "iteration-level (continuous), fixed batches (static), or windows (dynamic)")
+    ordering: Ordering = _option("fcfs", "order of the waiting queue")
+    max_num_seqs: int | None = _option(None, "slots: requests that run at once")
+    max_num_batched_tokens: int | None = _option(None, "token budget of one step; longer prompts are chunked")
+    pipeline_depth: int = _option(1, "steps launched before their predecessor's result is read; 0 is synchronous")
+    batch_window_s: float = _option(0.05, "dynamic batching: seconds to wait for a batch to fill")
+    max_queued_requests: int = _option(4096, "waiting requests beyond which new ones are refused")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelConfig:
+    """How the model is spread over devices."""
+
+    tensor_parallel_size: int = _option(1, "devices that share every layer (heads and FFN columns)")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RunnerConfig:
+    """How steps are compiled and run."""
+
+    device: Device = _option("auto", "platform to run on")
+    attention: Attention = _option("auto", "attention implementation; a name that cannot serve the model is an error")
+    token_buckets: tuple[int, ...] | None = _option(None, "token counts compiled for steps with prefill")
+    row_buckets: tuple[int, ...] | None = _option(None, "row counts compiled for pure decode steps")
+    compile_cache: bool = _option(True, "keep compiled programs in the cache folder for the next start")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Everything an engine is built from."""
+
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    cache: CacheConfig = dataclasses.field(default_factory=CacheConfig)
+    scheduler: SchedulerConfig = dataclasses.field(default_factory=SchedulerConfig)
+    parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
+    runner: RunnerConfig = dataclasses.field(default_factory=RunnerConfig)
+    seed: int = _option(0, "seed of the seeds drawn for requests that bring none")
+    cache_dir: Path = dataclasses.field(
+        default_factory=_default_cache_dir, metadata={"help": "folder for models and compiled programs (JAXSERVE_CACHE)"}
+    )
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    @classmethod
+    def from_flat(cls, options: Mapping[str, Any]) -> EngineConfig:
+        """Builds a config from flat option names, e.g. ``{"dtype": "float32", "max_num_seqs": 8}``.
+
+        Raises:
+            ConfigError: for a name that no section has.
+        """
+        sections = {field.name: field.default_factory for field in dataclasses.fields(cls) if field.name in SECTIONS}
+        values: dict[str, Any] = {}
+        rest = dict(options)
+        for name, section in sections.items():
+            names = {field.name for field in dataclasses.fields(section)}  # type: ignore[arg-type]
+            mine = {key: rest.pop(key) for key in list(rest) if key in names}
+            values[name] = section(**mine)  # type: ignore[operator]
+        for name in ("seed", "cache_dir"):
+            if name in rest:
+                values[name] = rest.pop(name)
+        if "cache_dir" in values:
+            values["cache_dir"] = Path(values["cache_dir"]).expanduser()
+        if rest:
+            known = sorted(name for name, _ in flat_fields())
+            raise ConfigError(f"unknown option {next(iter(rest))!r}; known: {', '.join(known)}")
+        return cls(**values)
+
+
+SECTIONS = ("model", "cache", "scheduler", "parallel", "runner")
+
+
+def flat_fields() -> list[tuple[str, dataclasses.Field[Any]]]:
+    """All options as (name, field), in order; the command line is generated from this."""
+    flat: list[tuple[str, dataclasses.Field[Any]]] = []
+    for field in dataclasses.fields(EngineConfig):
+        if field.name in SECTIONS:
+            flat += [(inner.name, inner) for inner in dataclasses.fields(field.default_factory)]  # type: ignore[arg-type]
+        else:
+            flat.append((field.name, field))
+    return flat
+
+
+def check(config: EngineConfig) -> None:
+    """Raises ConfigError for the first value that cannot work on any platform."""
+    model, cache, scheduler, parallel, runner = config.model, config.cache, config.scheduler, config.parallel, config.runner
+    _require_choice("dtype", model.dtype, get_args(DType))
+    _require_choice("batching", scheduler.batching, get_args(Batching))
+    _require_choice("ordering", scheduler.ordering, get_args(Ordering))
+    _require_choice("attention", runner.attention, get_args(Attention))
+    _require_choice("device", runner.device, get_args(Device))
+    _require(isinstance(model.model, str) and bool(model.model), "model", model.model, "must be a non-empty name or path")
+    size = cache.page_size
+    _require(_is_int(size) and 1 <= size <= 1024 and size & (size - 1) == 0, "page_size", size, "must be a power of two up to 1024")
+    for name, value in (
+        ("max_model_len", model.max_model_len),
+        ("num_pages", cache.num_pages),
+        ("max_num_seqs", scheduler.max_num_seqs),
+        ("max_num_batched_tokens", scheduler.max_num_batched_tokens),
+        ("max_queued_requests", scheduler.max_queued_requests),
+        ("tensor_parallel_size", parallel.tensor_parallel_size),
+    ):
+        _require(value is None or (_is_int(value) and 1 <= value < 2**31), name, value, "must be a positive integer")
+    _require(0.0 < cache.memory_fraction <= 1.0, "memory_fraction", cache.memory_fraction, "must be in (0, 1]")
+    _require(0.0 <= cache.watermark < 1.0, "watermark", cache.watermark, "must be in [0, 1)")
+    _require(scheduler.pipeline_depth in (0, 1, 2), "pipeline_depth", scheduler.pipeline_depth, "must be 0, 1 or 2")
+    _require(0.0 <= scheduler.batch_window_s <= 3600.0, "batch_window_s", scheduler.batch_window_s, "must be in [0, 3600]")
+    for name, ladder in (("token_buckets", runner.token_buckets), ("row_buckets", runner.row_buckets)):
+        good = ladder is None or (len(ladder) > 0 and all(_is_int(n) and n >= 1 for n in ladder) and list(ladder) == sorted(set(ladder)))
+        _require(good, name, ladder, "must be a strictly increasing list of positive integers")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _require(good: bool, name: str, value: object, allowed: str) -> None:
+    if not good:
+        raise ConfigError(f"{name}={value!r}: {allowed}")
+
+
+def _require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    _require(value in choices, name, value, f"must be one of {', '.join(choices)}")

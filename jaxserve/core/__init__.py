@@ -1,0 +1,1 @@
+"""Host-only scheduling core, shared by engine and simulator. Nothing in here imports jax."""

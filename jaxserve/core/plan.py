@@ -1,0 +1,127 @@
+"""The two messages between scheduler and executor: a frozen plan, and the result of running it.
+
+A plan is complete when it is built and holds plain values only, so that it can be serialised, replayed and
+compared (`docs/structure.md`). Nothing here imports jax.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+from jaxserve.request import SamplingParams
+
+
+class Bucket(NamedTuple):
+    """A padded shape that was compiled at start.
+
+    Attributes:
+        tokens: length of the flattened token axis.
+        rows: number of requests in the step.
+    """
+
+    tokens: int
+    rows: int
+
+    @property
+    def is_decode(self) -> bool:
+        """One token per row: each row is at most one query."""
+        return self.tokens == self.rows
+
+
+class ScheduledRow(NamedTuple):
+    """One request's share of a step.
+
+    Attributes:
+        request_id: whose.
+        slot: its row in the device's slot arrays.
+        start: position of the first token computed (= tokens computed before this step).
+        num_tokens: how many positions this step computes.
+        samples: whether the step reaches the request's last token and so samples the next one.
+    """
+
+    request_id: str
+    slot: int
+    start: int
+    num_tokens: int
+    samples: bool
+
+
+class PageUpdate(NamedTuple):
+    """``page_table[slot, index] = page`` before the step runs."""
+
+    slot: int
+    index: int
+    page: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Admission:
+    """Everything the device must know about a request that takes a slot in this step.
+
+    ``token_ids`` are the prompt and, after preemption, the tokens generated so far; the first
+    ``num_prompt_tokens`` of them are the prompt (penalties treat them differently). ``page_ids`` is the whole
+    page-table row: pages for all of these tokens, some of them perhaps shared and already filled.
+    """
+
+    request_id: str
+    slot: int
+    token_ids: tuple[int, ...]
+    page_ids: tuple[int, ...]
+    num_prompt_tokens: int
+    params: SamplingParams
+    seed: int
+    stop_token_ids: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step: which requests compute how many tokens, in which compiled shape.
+
+    Attributes:
+        step: number of the step, from 0.
+        rows: decodes first, then prefill chunks; ``sum(num_tokens) <= bucket.tokens``.
+        bucket: the compiled shape that runs it.
+        admissions: requests that take a slot just before the step; a subset of ``rows``.
+        page_updates: pages of requests that grew; at most one per row.
+        preempted_ids: requests that lost their slot and pages in this plan.
+        num_held_slots: slots kept by finished requests (static and dynamic batching), padded in the step.
+    """
+
+    step: int
+    rows: tuple[ScheduledRow, ...]
+    bucket: Bucket
+    admissions: tuple[Admission, ...] = ()
+    page_updates: tuple[PageUpdate, ...] = ()
+    preempted_ids: tuple[str, ...] = ()
+    num_held_slots: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(row.num_tokens for row in self.rows)
+
+
+class TopLogprobs(NamedTuple):
+    """Log-probabilities of one sampled token, and of the best alternatives (best first)."""
+
+    chosen: float
+    rank: int
+    token_ids: list[int]
+    logprobs: list[float]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step produced, aligned with ``plan.rows``; plain host values.
+
+    Attributes:
+        token_ids: sampled id per row; meaningless where the row does not sample.
+        logprobs: per row, None where not asked for; None altogether if nobody asked.
+        bad_rows: indexes of rows whose logits were not finite.
+        device_s: seconds the executor took to run the step, by its own clock (0 if unknown).
+    """
+
+    token_ids: list[int]
+    logprobs: list[TopLogprobs | None] | None = None
+    bad_rows: tuple[int, ...] = ()
+    device_s: float = 0.0

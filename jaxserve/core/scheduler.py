@@ -1,0 +1,419 @@
+"""The scheduler: requests in, frozen plans out, results in, updates out. No jax, no clock, no randomness.
+
+There is no prefill phase and no decode phase. Each request's ``num_computed_tokens`` chases its
+``num_tokens``; a plan spends one token budget on those distances. Counts advance when a step is *planned*;
+token values arrive when its result is read, up to ``pipeline_depth`` steps later. A row whose request turned
+out to be finished is discarded.
+
+    position   0 ............. num_computed .............. num_known ........... num_tokens
+               [ KV in pages  ][ to be computed            ][ sampled in flight, value not yet known ]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from typing import NamedTuple, cast
+
+from jaxserve.core.buckets import BucketLadder
+from jaxserve.core.kv_cache_manager import KVCacheManager
+from jaxserve.core.plan import Admission, PageUpdate, ScheduledRow, StepPlan, StepResult, TopLogprobs
+from jaxserve.core.policy import Policies, QueueView
+from jaxserve.core.waiting_queue import WaitingQueue
+from jaxserve.errors import DuplicateRequestError, QueueFullError
+from jaxserve.request import FinishReason, Request, RequestStatus
+
+
+class RequestUpdate(NamedTuple):
+    """What changed for one request: a new token, or its end, or both."""
+
+    request: Request
+    token_id: int | None
+    logprobs: TopLogprobs | None
+    finished: bool
+
+
+class SchedulerStats(NamedTuple):
+    """A snapshot of the queues and pages."""
+
+    num_waiting: int
+    num_running: int
+    num_held: int
+    num_used_pages: int
+    num_usable_pages: int
+    num_preemptions: int
+    num_finished: int
+
+
+class Scheduler:
+    """Decides what every step computes.
+
+    ``schedule`` and ``update`` are called by one thread, in step order.
+    """
+
+    def __init__(
+        self,
+        *,
+        policies: Policies,
+        kv: KVCacheManager,
+        ladder: BucketLadder,
+        num_slots: int,
+        watermark_pages: int,
+        max_queued_requests: int,
+    ) -> None:
+        self._policies = policies
+        self._kv = kv
+        self._ladder = ladder
+        self._watermark_pages = watermark_pages
+        self._max_queued_requests = max_queued_requests
+        self._waiting = WaitingQueue(policies.ordering)
+        self._running: list[Request] = []
+        self._held: list[Request] = []
+        self._live: dict[str, Request] = {}
+        self._num_slots = num_slots
+        self._free_slots = list(range(num_slots - 1, -1, -1))
+        self._in_flight: deque[tuple[StepPlan, list[Request]]] = deque()
+        self._with_deadline: set[Request] = set()
+        self._ended: list[RequestUpdate] = []  # ends that no step's result will report
+        self._step = 0
+        self._num_preemptions = 0
+        self._num_finished = 0
+
+    # ------------------------------------------------------------------ requests come and go
+
+    def add(self, request: Request) -> None:
+        """Queues a request.
+
+        Raises:
+            DuplicateRequestError: a request with this id is alive.
+            QueueFullError: too many are waiting.
+        """
+        if request.id in self._live:
+            raise DuplicateRequestError("request_id", request.id, "a request with this id is still running")
+        if len(self._waiting) >= self._max_queued_requests:
+            raise QueueFullError(f"{len(self._waiting)} requests are waiting (max_queued_requests)")
+        self._live[request.id] = request
+        self._waiting.push(request)
+        if request.deadline is not None:
+            self._with_deadline.add(request)
+
+    def get(self, request_id: str) -> Request | None:
+        """The live request of that id, or None."""
+        return self._live.get(request_id)
+
+    def end(
+        self, request: Request, reason: FinishReason, now: float, *, stop_reason: str | None = None, error: str | None = None
+    ) -> None:
+        """Ends a live request from outside (abort, stop string, deadline, error); its pages are free at once.
+
+        The update is returned by the next ``take_ended``.
+        """
+        request.stop_reason = stop_reason
+        request.error = error
+        self._leave(request, reason, now)
+        self._ended.append(RequestUpdate(request, None, None, finished=True))
+        self._release_batch(now)
+
+    def end_all(self, reason: FinishReason, now: float, error: str | None = None) -> None:
+        """Ends every live request, for a failed or closing engine."""
+        for request in list(self._live.values()):
+            self.end(request, reason, now, error=error)
+
+    def take_ended(self) -> list[RequestUpdate]:
+        """Updates of requests that ended outside of a step's result."""
+        ended, self._ended = self._ended, []
+        return ended
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is alive or any result is due."""
+        return bool(self._live or self._in_flight or self._ended)
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._in_flight)
+
+    def stats(self) -> SchedulerStats:
+        return SchedulerStats(
+            num_waiting=len(self._waiting),
+            num_running=len(self._running),
+            num_held=len(self._held),
+            num_used_pages=self._kv.num_used,
+            num_usable_pages=self._kv.num_usable,
+            num_preemptions=self._num_preemptions,
+            num_finished=self._num_finished,
+        )
+
+    # ------------------------------------------------------------------ planning
+
+    def schedule(self, now: float) -> StepPlan | None:
+        """Plans the next step, or returns None if nothing can run before a result or an arrival comes."""
+        self._expire(now)
+        draft = _Draft(budget=self._ladder.token_budget)
+        self._grow_decodes(draft)
+        self._release_batch(now)  # a batch whose last running member was preempted is over, too
+        self._plan_running(draft)
+        if self._waiting:
+            self._admit(now, draft)
+        if not draft.rows:
+            return None
+        num_tokens = self._ladder.token_budget - draft.budget
+        num_rows = len(draft.rows)
+        plan = StepPlan(
+            step=self._step,
+            rows=tuple(draft.rows),
+            bucket=self._ladder.choose(num_tokens, num_rows + len(self._held), is_decode=num_tokens == num_rows),
+            admissions=tuple(draft.admissions),
+            page_updates=tuple(draft.page_updates),
+            preempted_ids=tuple(draft.preempted_ids),
+            num_held_slots=len(self._held),
+        )
+        self._step += 1
+        self._in_flight.append((plan, draft.owners))
+        return plan
+
+    def _grow_decodes(self, draft: _Draft) -> None:
+        """Gives every running request the page of its next token, taking victims' pages where none is left."""
+        page_size = self._kv.page_size
+        for request in [r for r in self._running if r.num_tokens > len(r.page_ids) * page_size]:
+            if request.status is not RequestStatus.RUNNING or not _may_decode(request):
+                continue
+            while self._kv.num_free == 0 and request.status is RequestStatus.RUNNING:
+                self._preempt(self._policies.victim.choose(self._running), draft)
+            if request.status is RequestStatus.RUNNING:
+                self._kv.grow(request, request.num_tokens)
+                draft.page_updates.append(
+                    PageUpdate(cast(int, request.slot), len(request.page_ids) - 1, request.page_ids[-1])
+                )
+
+    def _plan_running(self, draft: _Draft) -> None:
+        """One token for each decode, and then the next chunks of prompts that are partly computed."""
+        prefills: list[Request] = []
+        for request in self._running:
+            remaining = request.num_tokens - request.num_computed_tokens
+            if remaining == 1:
+                if _may_decode(request):
+                    draft.plan_row(request, 1)
+            elif remaining > 1:
+                prefills.append(request)
+        for request in prefills:
+            chunk = self._policies.composition.chunk(request.num_tokens - request.num_computed_tokens, draft.budget)
+            if chunk == 0:
+                break
+            draft.plan_row(request, chunk)
+
+    def _admit(self, now: float, draft: _Draft) -> None:
+        """Moves requests from the queue into slots, in order, until one does not fit: nobody is overtaken."""
+        quota = min(self._policies.admission.quota(self._view(now)), len(self._free_slots))
+        while len(draft.admissions) < quota and draft.budget > 0:
+            request = self._waiting.peek()
+            if request is None or request.num_steps_in_flight > 0:  # a resumed request's tokens must be known
+                return
+            shared = self._shareable_prefix(request, draft)
+            if shared is None or not self._has_room(request, shared):
+                return
+            chunk = self._policies.composition.chunk(request.num_tokens - shared, draft.budget)
+            if chunk == 0:
+                return
+            self._waiting.remove(request)
+            self._start(request, shared, now, draft)
+            draft.plan_row(request, chunk)
+
+    def _shareable_prefix(self, request: Request, draft: _Draft) -> int | None:
+        """Prompt tokens whose pages a sibling already holds; None while the sibling is still computing them."""
+        parent = self._live.get(request.parent_id) if request.parent_id is not None else None
+        if parent is None or parent.status is not RequestStatus.RUNNING:
+            return 0
+        shareable = self._kv.shareable_tokens(request.num_prompt_tokens)
+        return shareable if draft.computed_before(parent) >= shareable else None
+
+    def _has_room(self, request: Request, shared: int) -> bool:
+        """Prices the whole prompt, not only its first chunk, and leaves the watermark to running requests."""
+        price = self._kv.pages_for(request.num_tokens) - shared // self._kv.page_size
+        reserve = self._watermark_pages if self._running else 0
+        return price + reserve <= self._kv.num_free
+
+    def _start(self, request: Request, shared: int, now: float, draft: _Draft) -> None:
+        request.slot = self._free_slots.pop()
+        request.status = RequestStatus.RUNNING
+        if request.first_scheduled_time is None:
+            request.first_scheduled_time = now
+        if shared:
+            assert request.parent_id is not None
+            self._kv.share_prefix(self._live[request.parent_id], request, shared)
+            request.num_computed_tokens = shared
+        self._kv.grow(request, request.num_tokens)
+        self._running.append(request)
+        draft.admissions.append(
+            Admission(
+                request_id=request.id,
+                slot=request.slot,
+                token_ids=tuple(request.known_token_ids()),
+                page_ids=tuple(request.page_ids),
+                num_prompt_tokens=request.num_prompt_tokens,
+                params=request.params,
+                seed=request.seed,
+                stop_token_ids=tuple(sorted(request.stop_token_ids)),
+            )
+        )
+
+    def _preempt(self, request: Request, draft: _Draft) -> None:
+        """Drops a running request's pages; it will recompute prompt and output when it runs again."""
+        draft.drop_pages(request)
+        draft.preempted_ids.append(request.id)
+        self._running.remove(request)
+        self._give_up_slot(request)
+        request.status = RequestStatus.PREEMPTED
+        request.num_computed_tokens = 0
+        request.num_preemptions += 1
+        self._num_preemptions += 1
+        self._waiting.push(request)
+
+    def _give_up_slot(self, request: Request) -> None:
+        assert request.slot is not None
+        self._free_slots.append(request.slot)
+        request.slot = None
+        self._kv.free(request)
+
+    def _view(self, now: float) -> QueueView:
+        oldest, newest = self._waiting.oldest_arrival, self._waiting.newest_arrival
+        return QueueView(
+            now=now,
+            num_waiting=len(self._waiting),
+            oldest_arrival=now if oldest is None else oldest,
+            newest_arrival=now if newest is None else newest,
+            num_running=len(self._running),
+            num_held=len(self._held),
+            num_free_slots=len(self._free_slots),
+        )
+
+    # ------------------------------------------------------------------ results
+
+    def update(self, result: StepResult, now: float) -> list[RequestUpdate]:
+        """Takes the result of the oldest step in flight; returns what changed, in row order."""
+        plan, owners = self._in_flight.popleft()
+        updates: list[RequestUpdate] = []
+        for index, (row, request) in enumerate(zip(plan.rows, owners, strict=True)):
+            request.num_steps_in_flight -= 1
+            if not row.samples or request.status is RequestStatus.FINISHED:
+                continue  # a chunk in mid-prompt, or a row that turned out to be finished
+            request.num_pending_tokens -= 1
+            if index in result.bad_rows:
+                request.error = "the model produced logits that are not finite"
+                self._leave(request, FinishReason.ERROR, now)
+                updates.append(RequestUpdate(request, None, None, finished=True))
+                continue
+            token_id = result.token_ids[index]
+            request.output_token_ids.append(token_id)
+            if request.first_token_time is None:
+                request.first_token_time = now
+            logprobs = result.logprobs[index] if result.logprobs is not None else None
+            reason = _finish_reason(request, token_id)
+            if reason is None:
+                updates.append(RequestUpdate(request, token_id, logprobs, finished=False))
+                continue
+            if reason is FinishReason.STOP:
+                request.stop_reason = token_id
+            holds = self._policies.admission.holds_slots and request.status is RequestStatus.RUNNING
+            self._leave(request, reason, now, holds_slot=holds)
+            updates.append(RequestUpdate(request, token_id, logprobs, finished=not holds))
+        self._release_batch(now)
+        return updates
+
+    def drop_in_flight(self) -> None:
+        """Forgets the steps in flight of an executor that failed."""
+        self._in_flight.clear()
+
+    def _leave(self, request: Request, reason: FinishReason, now: float, *, holds_slot: bool = False) -> None:
+        """Takes a live request out of queue or slots. With ``holds_slot`` it keeps both slot and pages for now."""
+        if request.status is RequestStatus.RUNNING:
+            self._running.remove(request)
+            if holds_slot:
+                self._held.append(request)
+            else:
+                self._give_up_slot(request)
+        else:
+            self._waiting.remove(request)
+        del self._live[request.id]
+        self._with_deadline.discard(request)
+        request.status = RequestStatus.FINISHED
+        request.finish_reason = reason
+        request.num_pending_tokens = 0
+        request.finish_time = now
+        self._num_finished += 1
+
+    def _release_batch(self, now: float) -> None:
+        """Ends a batch of which nobody runs any more: everybody waited for the longest."""
+        if self._held and not self._running:
+            for request in self._held:
+                request.finish_time = now
+                self._give_up_slot(request)
+                self._ended.append(RequestUpdate(request, None, None, finished=True))
+            self._held.clear()
+
+    def _expire(self, now: float) -> None:
+        if self._with_deadline:
+            late = [r for r in self._with_deadline if r.deadline is not None and r.deadline <= now]
+            for request in sorted(late, key=lambda r: r.id):
+                self.end(request, FinishReason.DEADLINE, now)
+
+    def check_integrity(self) -> None:
+        """Raises RuntimeError if pages or slots are lost, doubled, or owned by someone who should have none."""
+        holders = [*self._running, *self._held]
+        self._kv.check_integrity(holders)
+        taken = [request.slot for request in holders if request.slot is not None]
+        slots = sorted([*self._free_slots, *taken])
+        if slots != list(range(self._num_slots)) or len(taken) != len(holders):
+            raise RuntimeError(f"slots are lost or doubled: {slots}")
+        for request in self._waiting:
+            if request.page_ids or request.slot is not None:
+                raise RuntimeError(f"waiting request {request.id} owns pages or a slot")
+
+
+@dataclasses.dataclass(slots=True)
+class _Draft:
+    """A plan being made. Counts of the requests in it have advanced already."""
+
+    budget: int
+    rows: list[ScheduledRow] = dataclasses.field(default_factory=list[ScheduledRow])
+    owners: list[Request] = dataclasses.field(default_factory=list[Request])
+    admissions: list[Admission] = dataclasses.field(default_factory=list[Admission])
+    page_updates: list[PageUpdate] = dataclasses.field(default_factory=list[PageUpdate])
+    preempted_ids: list[str] = dataclasses.field(default_factory=list[str])
+
+    def plan_row(self, request: Request, num_tokens: int) -> None:
+        """Adds a request's share and advances its counts."""
+        start = request.num_computed_tokens
+        end = start + num_tokens
+        samples = end == request.num_tokens
+        self.rows.append(ScheduledRow(request.id, cast(int, request.slot), start, num_tokens, samples))
+        self.owners.append(request)
+        self.budget -= num_tokens
+        request.num_computed_tokens = end
+        request.num_steps_in_flight += 1
+        if samples:
+            request.num_pending_tokens += 1
+
+    def computed_before(self, request: Request) -> int:
+        """Tokens that earlier steps have computed of a request that this draft may hold as well."""
+        for row, owner in zip(self.rows, self.owners, strict=True):
+            if owner is request:
+                return row.start
+        return request.num_computed_tokens
+
+    def drop_pages(self, request: Request) -> None:
+        """Forgets the entries of a request that loses its slot."""
+        self.page_updates = [update for update in self.page_updates if update.slot != request.slot]
+
+
+def _may_decode(request: Request) -> bool:
+    # Once the last permitted token is being sampled, another step would be thrown away for certain.
+    return len(request.output_token_ids) + request.num_pending_tokens < request.max_tokens
+
+
+def _finish_reason(request: Request, token_id: int) -> FinishReason | None:
+    if token_id in request.stop_token_ids and len(request.output_token_ids) > request.params.min_tokens:
+        return FinishReason.STOP
+    if len(request.output_token_ids) >= request.max_tokens:
+        return FinishReason.LENGTH
+    return None

@@ -1,0 +1,169 @@
+"""Puts an engine together: model, weights, runner, scheduler, loop."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from tqdm.auto import tqdm
+
+from jaxserve import validation
+from jaxserve.config import EngineConfig
+from jaxserve.core.kv_cache_manager import KVCacheManager
+from jaxserve.core.page_pool import PagePool
+from jaxserve.core.policy import make_policies
+from jaxserve.core.predictor import MeanLengthPredictor
+from jaxserve.core.scheduler import Scheduler
+from jaxserve.engine.engine_core import EngineCore
+from jaxserve.engine.input_processor import InputProcessor
+from jaxserve.engine.loop import EngineLoop
+from jaxserve.loading.source import open_checkpoint, resolve_model
+from jaxserve.loading.tokenizer import Tokenizer, load_tokenizer
+from jaxserve.loading.weights import load_params
+from jaxserve.models.decoder import Decoder
+from jaxserve.models.registry import find_family
+from jaxserve.models.sharding import ShardingRules, check_divisible, make_mesh
+from jaxserve.platforms import select_platform
+from jaxserve.runner.model_runner import ModelRunner, admission_sizes
+from jaxserve.runner.programs import count_programs
+from jaxserve.runner.resolve import ResolvedConfig, resolve, resolve_dtype
+
+_LOG = logging.getLogger(__name__)
+
+
+class Engine:
+    """A running engine. The Python APIs and the server are thin layers over it."""
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        loop: EngineLoop,
+        inputs: InputProcessor,
+        description: dict[str, Any],
+        on_close: Callable[[], None] = lambda: None,
+        count_compiles: Callable[[], int] = lambda: 0,
+    ) -> None:
+        self.name = name
+        self.loop = loop
+        self.inputs = inputs
+        self.description = description
+        self._on_close = on_close
+        self._count_compiles = count_compiles
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.inputs.tokenizer
+
+    @property
+    def compiles_after_warmup(self) -> int:
+        """Compilations since the engine was ready; must stay 0."""
+        return self._count_compiles()
+
+    def stats(self) -> dict[str, Any]:
+        """A snapshot of queues, pages, stages and padding."""
+        core = self.loop.core
+        return {
+            **core.scheduler.stats()._asdict(),
+            "num_steps": core.stats.steps,
+            "num_output_tokens": core.stats.output_tokens,
+            "finished": dict(core.stats.finished),
+            "stage_ms_per_step": core.stats.stage_ms_per_step(),
+            "padding_share": core.stats.padding_share(),
+            "compiles_after_warmup": self.compiles_after_warmup,
+        }
+
+    def close(self) -> None:
+        """Aborts what is running and frees the device's memory. May be called twice."""
+        self.loop.close()
+        on_close, self._on_close = self._on_close, lambda: None
+        on_close()
+
+
+def build_engine(config: EngineConfig, *, progress: bool = True) -> Engine:
+    """Loads, compiles and starts; returns when the first request can be served.
+
+    Raises:
+        ConfigError, ModelNotFoundError, CheckpointError: before anything was started.
+    """
+    platform = select_platform(config.runner.device)
+    if config.runner.compile_cache:
+        _use_compile_cache(config)
+    source = resolve_model(config.model.model, config.cache_dir, config.model.revision)
+    checkpoint = open_checkpoint(source)
+    family = find_family(checkpoint.hf_config)
+    model_config = family.config_from_hf(checkpoint.hf_config)
+    tokenizer = load_tokenizer(source, config.model.tokenizer)
+    mesh = make_mesh(config.parallel.tensor_parallel_size, jax.devices(platform.name))
+    rules = ShardingRules()
+    check_divisible(model_config, mesh, rules)
+    dtype = resolve_dtype(config, platform)
+    module = Decoder(model_config, dtype)
+    params = load_params(checkpoint, module, family.weight_map(model_config), mesh, rules, progress=progress)
+    resolved = resolve(config, platform, model_config, mesh)
+    num_programs = count_programs(resolved.ladder.all(), admission_sizes(resolved.num_slots))
+    with tqdm(total=num_programs, desc="compiling", unit="program", disable=not progress) as bar:
+        runner = ModelRunner(
+            module,
+            params,
+            mesh,
+            resolved,
+            config.runner.attention,
+            run_each_once=platform.slow_first_run,
+            on_compiled=lambda: bar.update() and None,
+        )
+    core = make_core(config, resolved, runner)
+    limits = validation.RequestLimits(model_config.vocab_size, resolved.max_model_len, resolved.num_cache_tokens)
+    return Engine(
+        name=source.name,
+        loop=EngineLoop(core, tokenizer, config.scheduler.max_queued_requests + resolved.num_slots),
+        inputs=InputProcessor(tokenizer, limits, time.monotonic, random.Random(config.seed)),
+        description=_describe(source.name, platform.name, mesh.size, resolved),
+        on_close=runner.close,
+        count_compiles=lambda: runner.compiles_after_warmup,
+    )
+
+
+def make_core(config: EngineConfig, resolved: ResolvedConfig, runner: ModelRunner) -> EngineCore[Any]:
+    """The step loop's parts, wired for production: the wall clock and a real executor."""
+    scheduler = Scheduler(
+        policies=make_policies(config.scheduler, resolved.num_slots),
+        kv=KVCacheManager(PagePool(resolved.num_pages), resolved.layout.page_size),
+        ladder=resolved.ladder,
+        num_slots=resolved.num_slots,
+        watermark_pages=resolved.watermark_pages,
+        max_queued_requests=config.scheduler.max_queued_requests + resolved.num_slots,
+    )
+    return EngineCore(
+        scheduler=scheduler,
+        executor=runner,
+        prepare=runner.prepare,
+        predictor=MeanLengthPredictor(),
+        clock=time.monotonic,
+        pipeline_depth=config.scheduler.pipeline_depth,
+    )
+
+
+def _use_compile_cache(config: EngineConfig) -> None:
+    folder = config.cache_dir / "xla"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # it holds native code: nobody else may write there
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _describe(name: str, platform: str, num_devices: int, resolved: ResolvedConfig) -> dict[str, Any]:
+    return {
+        "model": name,
+        "device": f"{platform} x {num_devices}",
+        "dtype": resolved.dtype,
+        "slots": resolved.num_slots,
+        "context": resolved.max_model_len,
+        "KV pages": f"{resolved.num_pages} x {resolved.layout.page_size} tokens",
+        "decode rows": resolved.ladder.decode_rows,
+        "mixed tokens": resolved.ladder.mixed_tokens,
+    }

@@ -1,0 +1,138 @@
+"""The step loop: predict, schedule, prepare, execute, post-process, learn.
+
+One code path for every pipeline depth. At depth 0 a step's result is read before the next is planned; at
+depth d, up to d further steps are launched first. Clock, executor, predictor and scheduler are passed in, so
+that the simulator runs these same objects with a virtual clock and a cost model as the executor.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import NamedTuple
+
+from jaxserve.core.batch import Executor, StepBatch
+from jaxserve.core.plan import StepPlan, StepResult
+from jaxserve.core.predictor import LengthPredictor
+from jaxserve.core.scheduler import RequestUpdate, Scheduler
+from jaxserve.engine.stats import STAGES, BucketStats, EngineStats, StageTimer
+from jaxserve.request import FinishReason, Request
+
+_STEP_TIME_WEIGHT = 0.1
+
+
+class _InFlight[Handle](NamedTuple):
+    plan: StepPlan
+    handle: Handle
+    launched: float
+
+
+class EngineCore[Handle]:
+    """Runs steps. Not thread-safe: one thread adds, ends and steps."""
+
+    def __init__(
+        self,
+        *,
+        scheduler: Scheduler,
+        executor: Executor[Handle],
+        prepare: Callable[[StepPlan], StepBatch],
+        predictor: LengthPredictor,
+        clock: Callable[[], float],
+        pipeline_depth: int,
+    ) -> None:
+        self._scheduler = scheduler
+        self._executor = executor
+        self._prepare = prepare
+        self._predictor = predictor
+        self._clock = clock
+        self._depth = pipeline_depth
+        self._in_flight: deque[_InFlight[Handle]] = deque()
+        self._unpredicted: list[Request] = []
+        self._last_collected = clock()
+        self.stats = EngineStats()
+        self._timers = {stage: StageTimer(self.stats, stage, clock) for stage in STAGES}
+
+    @property
+    def scheduler(self) -> Scheduler:
+        return self._scheduler
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step could do anything."""
+        return self._scheduler.has_work
+
+    def add(self, request: Request) -> None:
+        """Queues a request; raises what `Scheduler.add` raises."""
+        self._scheduler.add(request)
+        self._unpredicted.append(request)
+
+    def end(self, request_id: str, reason: FinishReason, *, stop_reason: str | None = None, error: str | None = None) -> None:
+        """Ends a request if it is alive: an abort, or a stop string found in its text."""
+        request = self._scheduler.get(request_id)
+        if request is not None:
+            self._scheduler.end(request, reason, self._clock(), stop_reason=stop_reason, error=error)
+
+    def step(self) -> list[RequestUpdate]:
+        """Plans and launches one step, reads the oldest result that is due, and returns what changed."""
+        timers = self._timers
+        with timers["predict"]:
+            self._predict()
+        with timers["schedule"]:
+            plan = self._scheduler.schedule(self._clock())
+        if plan is not None:
+            with timers["prepare"]:
+                batch = self._prepare(plan)
+            with timers["execute"]:
+                self._in_flight.append(_InFlight(plan, self._executor.dispatch(batch), self._clock()))
+        if not self._in_flight or (plan is not None and len(self._in_flight) <= self._depth):
+            return self._finish_step([])
+        with timers["execute"]:
+            done = self._in_flight.popleft()
+            result = self._executor.collect(done.handle)
+        with timers["post_process"]:
+            now = self._clock()
+            updates = self._scheduler.update(result, now)
+        with timers["learn"]:
+            self._learn(done, result, now, updates)
+        return self._finish_step(updates)
+
+    def fail(self, error: str) -> list[RequestUpdate]:
+        """Ends everything after the executor failed; the engine cannot go on."""
+        self._in_flight.clear()
+        self._scheduler.drop_in_flight()
+        self._scheduler.end_all(FinishReason.ERROR, self._clock(), error)
+        return self._scheduler.take_ended()
+
+    def _finish_step(self, updates: list[RequestUpdate]) -> list[RequestUpdate]:
+        updates += self._scheduler.take_ended()
+        finished = self.stats.finished
+        for update in updates:
+            if update.finished and update.request.finish_reason is not None:
+                reason = update.request.finish_reason.value
+                finished[reason] = finished.get(reason, 0) + 1
+        return updates
+
+    def _predict(self) -> None:
+        for request in self._unpredicted:
+            request.predicted_output_tokens = self._predictor.predict(request)
+        self._unpredicted.clear()
+
+    def _learn(self, done: _InFlight[Handle], result: StepResult, now: float, updates: list[RequestUpdate]) -> None:
+        plan, stats = done.plan, self.stats
+        bucket = stats.buckets.setdefault(plan.bucket, BucketStats())
+        num_tokens = plan.num_tokens
+        stats.steps += 1
+        stats.scheduled_tokens += num_tokens
+        bucket.steps += 1
+        bucket.tokens += num_tokens
+        bucket.padded_tokens += plan.bucket.tokens - num_tokens
+        # A step starts on the device when it was launched or when its predecessor was done.
+        step_s = result.device_s or now - max(done.launched, self._last_collected)
+        self._last_collected = now
+        weight = max(_STEP_TIME_WEIGHT, 1.0 / bucket.steps)
+        bucket.mean_step_s += weight * (step_s - bucket.mean_step_s)
+        for update in updates:
+            if update.token_id is not None:
+                stats.output_tokens += 1
+            if update.request.finish_reason is FinishReason.STOP:
+                self._predictor.observe(update.request)

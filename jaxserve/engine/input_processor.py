@@ -1,0 +1,113 @@
+"""From what a caller passes to what the scheduler takes: template, tokenise, check, resolve."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import operator
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from jaxserve import validation
+from jaxserve.errors import ValidationError
+from jaxserve.loading.tokenizer import Tokenizer
+from jaxserve.request import Request, SamplingParams
+
+type TokenIds = Sequence[int]
+type Prompt = str | TokenIds | Mapping[str, Any]
+type Messages = Sequence[Mapping[str, Any]]
+
+_PROMPT_FORMS = "must be a string, a list of token ids, {'prompt': ...} or {'prompt_token_ids': [...]}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RequestGroup:
+    """One prompt and the requests that complete it (``params.n`` of them)."""
+
+    id: str
+    prompt: str | None
+    prompt_token_ids: Sequence[int]
+    params: SamplingParams
+    requests: tuple[Request, ...]
+
+
+class InputProcessor:
+    """Makes request groups; raises ValidationError (or a subclass) for anything that is not allowed."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        limits: validation.RequestLimits,
+        clock: Callable[[], float],
+        rng: random.Random,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.limits = limits
+        self._clock = clock
+        self._rng = rng
+        self._counter = itertools.count(1)  # groups are made on many threads
+
+    def from_prompt(self, prompt: Prompt, params: SamplingParams, **options: Any) -> RequestGroup:
+        """A group from text or token ids; ``options`` as for `_group`."""
+        text, token_ids = self._encode_prompt(prompt)
+        return self._group(text, token_ids, params, **options)
+
+    def from_messages(self, messages: Messages, params: SamplingParams, **options: Any) -> RequestGroup:
+        """A group from chat messages, through the model's own template."""
+        text = self.tokenizer.render_chat(messages)
+        token_ids = self.tokenizer.encode(text, add_special_tokens=False, parse_special=True)
+        return self._group(text, token_ids, params, **options)
+
+    def _encode_prompt(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        if isinstance(prompt, Mapping):
+            if len(prompt) != 1 or next(iter(prompt)) not in ("prompt", "prompt_token_ids"):
+                raise ValidationError("prompt", dict(prompt), _PROMPT_FORMS)
+            prompt = next(iter(prompt.values()))
+        if isinstance(prompt, str):
+            text = validation.check_prompt_text(prompt)
+            return text, self.tokenizer.encode(text)
+        if isinstance(prompt, bytes) or not hasattr(prompt, "__len__") or not hasattr(prompt, "__getitem__"):
+            raise ValidationError("prompt", prompt, _PROMPT_FORMS)
+        validation.check_prompt_token_ids(prompt, self.limits)
+        return None, [operator.index(token_id) for token_id in prompt]
+
+    def _group(
+        self,
+        text: str | None,
+        token_ids: list[int],
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        timeout_s: float | None = None,
+    ) -> RequestGroup:
+        """Resolves what the parameters leave open, and makes one request a completion."""
+        validation.check_prompt_token_ids(token_ids, self.limits)
+        validation.check_params_against_model(params, self.limits)
+        validation.check_priority(priority)
+        validation.check_timeout(timeout_s)
+        group_id = f"request-{next(self._counter)}" if request_id is None else validation.check_request_id(request_id)
+        now = self._clock()
+        longest = min(self.limits.max_model_len, self.limits.num_cache_tokens) - len(token_ids)
+        seed = self._rng.getrandbits(32) if params.seed is None else params.seed
+        ends = set(params.stop_token_ids)
+        if not params.ignore_eos:
+            ends |= set(self.tokenizer.eos_token_ids)
+        ids = [group_id] if params.n == 1 else [f"{group_id}.{index}" for index in range(params.n)]
+        requests = tuple(
+            Request(
+                id=child_id,
+                prompt_token_ids=token_ids,
+                params=params,
+                arrival_time=now,
+                max_tokens=longest if params.max_tokens is None else min(params.max_tokens, longest),
+                seed=(seed + index) % 2**32,
+                stop_token_ids=frozenset(ends),
+                priority=priority,
+                deadline=None if timeout_s is None else now + timeout_s,
+                parent_id=ids[0] if index else None,
+            )
+            for index, child_id in enumerate(ids)
+        )
+        return RequestGroup(group_id, text, token_ids, params, requests)

@@ -1,0 +1,170 @@
+"""From the scheduler's updates to what callers see: text, stop strings, log-probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from jaxserve.core.plan import TopLogprobs
+from jaxserve.core.scheduler import RequestUpdate
+from jaxserve.engine.input_processor import RequestGroup
+from jaxserve.loading.tokenizer import Tokenizer
+from jaxserve.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from jaxserve.request import FinishReason, Request
+
+type EndRequest = Callable[[str, str], None]  # (request id, stop string found in its text)
+
+
+class _Completion:
+    """One request's growing output."""
+
+    __slots__ = ("_detokenizer", "_stops", "_tokenizer", "output", "request", "text")
+
+    def __init__(self, request: Request, index: int, tokenizer: Tokenizer) -> None:
+        self.request = request
+        self.text = ""
+        self.output = CompletionOutput(index, logprobs=None if request.params.logprobs is None else [])
+        self._tokenizer = tokenizer
+        self._detokenizer = tokenizer.stream(skip_special_tokens=request.params.skip_special_tokens)
+        self._stops = request.params.stop_strings
+
+    def add(self, token_id: int, logprobs: TopLogprobs | None) -> str | None:
+        """Takes a token; returns the stop string that its text completes, if any."""
+        output = self.output
+        output.token_ids.append(token_id)
+        if output.logprobs is not None and logprobs is not None:
+            output.logprobs.append(self._logprobs(token_id, logprobs))
+        is_end = self.request.finish_reason is FinishReason.STOP and self.request.stop_reason == token_id
+        return None if is_end else self._extend(self._detokenizer.push([token_id]))
+
+    def _extend(self, piece: str) -> str | None:
+        if not piece:
+            return None
+        searched = len(self.text)
+        self.text += piece
+        found: tuple[int, str] | None = None
+        for stop in self._stops:
+            at = self.text.find(stop, max(0, searched - len(stop) + 1))
+            if at >= 0 and (found is None or at < found[0]):
+                found = (at, stop)
+        if found is None:
+            return None
+        at, stop = found
+        self.text = self.text[: at + len(stop)] if self.request.params.include_stop_str_in_output else self.text[:at]
+        return stop
+
+    def finish(self, reason: FinishReason | None, stop_reason: int | str | None) -> str | None:
+        """Ends the completion; what an unfinished character left over becomes text, and may hold a stop string."""
+        stop = None if isinstance(stop_reason, str) else self._extend(self._detokenizer.flush())
+        self.output.text = self.text
+        self.output.finish_reason = FinishReason.STOP if stop is not None else reason
+        self.output.stop_reason = stop if stop is not None else stop_reason
+        self.output.error = self.request.error
+        return stop
+
+    def snapshot(self) -> CompletionOutput:
+        """The output so far; text that may yet turn out to begin a stop string is held back."""
+        output = self.output
+        if output.finish_reason is not None:
+            return output
+        logprobs = None if output.logprobs is None else list(output.logprobs)
+        text = self.text[: len(self.text) - self._held_back()]
+        return CompletionOutput(output.index, text, list(output.token_ids), logprobs)
+
+    def _held_back(self) -> int:
+        longest = 0
+        for stop in self._stops:
+            for length in range(min(len(stop) - 1, len(self.text)), longest, -1):
+                if self.text.endswith(stop[:length]):
+                    longest = length
+                    break
+        return longest
+
+    def _logprobs(self, token_id: int, top: TopLogprobs) -> dict[int, Logprob]:
+        decode = self._tokenizer.decode
+        best = {
+            other: Logprob(logprob, rank, decode([other]))
+            for rank, (other, logprob) in enumerate(zip(top.token_ids, top.logprobs, strict=True), start=1)
+        }
+        best.setdefault(token_id, Logprob(top.chosen, top.rank, decode([token_id])))
+        return best
+
+
+class _Group:
+    """One prompt's completions."""
+
+    __slots__ = ("completions", "group", "num_open", "streams")
+
+    def __init__(self, group: RequestGroup, streams: bool, tokenizer: Tokenizer) -> None:
+        self.group = group
+        self.streams = streams
+        self.completions = [_Completion(request, i, tokenizer) for i, request in enumerate(group.requests)]
+        self.num_open = len(self.completions)
+
+    def output(self) -> RequestOutput:
+        requests = self.group.requests
+        first = [r.first_token_time for r in requests if r.first_token_time is not None]
+        done = self.num_open == 0
+        return RequestOutput(
+            request_id=self.group.id,
+            prompt=self.group.prompt,
+            prompt_token_ids=self.group.prompt_token_ids,
+            outputs=[completion.snapshot() for completion in self.completions],
+            finished=done,
+            metrics=RequestMetrics(
+                arrival_time=requests[0].arrival_time,
+                first_scheduled_time=requests[0].first_scheduled_time,
+                first_token_time=min(first) if first else None,
+                finish_time=max((r.finish_time for r in requests if r.finish_time is not None), default=None) if done else None,
+                num_preemptions=sum(r.num_preemptions for r in requests),
+            ),
+        )
+
+
+class OutputProcessor:
+    """Keeps the outputs of live groups. Used by the engine's thread only."""
+
+    def __init__(self, tokenizer: Tokenizer, end_request: EndRequest) -> None:
+        self._tokenizer = tokenizer
+        self._end_request = end_request
+        self._groups: dict[str, _Group] = {}
+        self._by_request: dict[Request, tuple[_Group, _Completion]] = {}
+
+    def add(self, group: RequestGroup, *, streams: bool) -> None:
+        """Starts tracking a group; with ``streams`` every step's progress is reported, else only the end."""
+        state = _Group(group, streams, self._tokenizer)
+        self._groups[group.id] = state
+        for completion in state.completions:
+            self._by_request[completion.request] = (state, completion)
+
+    def request_ids(self, group_id: str) -> list[str]:
+        """Ids of a live group's unfinished requests; empty if there is no such group."""
+        state = self._groups.get(group_id)
+        if state is None:
+            return []
+        return [c.request.id for c in state.completions if c.output.finish_reason is None]
+
+    def process(self, updates: Iterable[RequestUpdate]) -> list[RequestOutput]:
+        """Applies a step's updates; returns the outputs that their callers should see now."""
+        touched: dict[_Group, None] = {}
+        for update in updates:
+            entry = self._by_request.get(update.request)
+            if entry is None:
+                continue  # ended by a stop string already
+            group, completion = entry
+            stop = None if update.token_id is None else completion.add(update.token_id, update.logprobs)
+            if stop is not None:
+                completion.finish(FinishReason.STOP, stop)
+                if not update.finished:
+                    self._end_request(update.request.id, stop)
+            elif update.finished:
+                completion.finish(update.request.finish_reason, update.request.stop_reason)
+            if completion.output.finish_reason is not None:
+                del self._by_request[update.request]
+                group.num_open -= 1
+            if group.streams or group.num_open == 0:
+                touched[group] = None
+        outputs = [group.output() for group in touched]
+        for group in touched:
+            if group.num_open == 0:
+                del self._groups[group.group.id]
+        return outputs

@@ -1,0 +1,168 @@
+"""The one validator: Python, command line and gRPC all pass through these functions.
+
+Device code never sees an unchecked number: JAX clamps out-of-range gathers and drops out-of-range scatters
+silently, so every id is bounded here, on the host, by the width of the logits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from jaxserve.errors import CapacityError, ValidationError
+
+if TYPE_CHECKING:
+    from jaxserve.request import SamplingParams
+
+MAX_N = 128
+MAX_TEMPERATURE = 100.0
+MAX_LOGPROBS = 20
+MAX_STOP_STRINGS = 64
+MAX_STOP_STRING_CHARS = 1024
+MAX_STOP_TOKEN_IDS = 64
+MAX_LOGIT_BIAS_ENTRIES = 320
+MAX_LOGIT_BIAS = 100.0
+MAX_TOKENS = 2**31 - 1
+MAX_SEED = 2**32 - 1
+MAX_PENALTY = 2.0
+MAX_REPETITION_PENALTY = 10.0
+MIN_REPETITION_PENALTY = 0.01
+MAX_PROMPT_CHARS = 16 * 2**20
+REQUEST_ID = re.compile(r"[A-Za-z0-9_.:\-]{1,128}")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RequestLimits:
+    """What one engine can take; filled from the model and the resolved configuration.
+
+    Attributes:
+        vocab_size: width of the logits; token ids must be below it.
+        max_model_len: prompt plus output tokens of one request.
+        num_cache_tokens: tokens that fit in all KV pages together.
+    """
+
+    vocab_size: int
+    max_model_len: int
+    num_cache_tokens: int
+
+
+def check_sampling_params(params: SamplingParams) -> None:
+    """Checks everything that does not depend on the model. Raises ValidationError."""
+    _check_int("n", params.n, 1, MAX_N)
+    _check_float("temperature", params.temperature, 0.0, MAX_TEMPERATURE)
+    _check_float("top_p", params.top_p, 0.0, 1.0)
+    if params.top_p <= 0:
+        raise ValidationError("top_p", params.top_p, "must be in (0, 1]")
+    _check_int("top_k", params.top_k, -1, MAX_TOKENS)
+    _check_float("min_p", params.min_p, 0.0, 1.0)
+    _check_float("repetition_penalty", params.repetition_penalty, MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY)
+    _check_float("presence_penalty", params.presence_penalty, -MAX_PENALTY, MAX_PENALTY)
+    _check_float("frequency_penalty", params.frequency_penalty, -MAX_PENALTY, MAX_PENALTY)
+    if params.seed is not None:
+        _check_int("seed", params.seed, 0, MAX_SEED)
+    if params.logprobs is not None:
+        _check_int("logprobs", params.logprobs, 0, MAX_LOGPROBS)
+    if params.max_tokens is not None:
+        _check_int("max_tokens", params.max_tokens, 1, MAX_TOKENS)
+    _check_int("min_tokens", params.min_tokens, 0, MAX_TOKENS)
+    if params.max_tokens is not None and params.min_tokens > params.max_tokens:
+        raise ValidationError("min_tokens", params.min_tokens, f"must not exceed max_tokens={params.max_tokens}")
+    _check_logit_bias(params.logit_bias)
+    _check_stop_strings(params.stop)
+    _check_sequence("stop_token_ids", params.stop_token_ids, MAX_STOP_TOKEN_IDS)
+    for token_id in params.stop_token_ids:
+        _check_int("stop_token_ids", token_id, 0, MAX_TOKENS)
+
+
+def check_request_id(request_id: object) -> str:
+    """Returns the id if it is one. Raises ValidationError."""
+    if not isinstance(request_id, str) or not REQUEST_ID.fullmatch(request_id):
+        raise ValidationError("request_id", request_id, "must be 1 to 128 characters of A-Z a-z 0-9 _ . : -")
+    return request_id
+
+
+def check_prompt_text(text: object) -> str:
+    """Returns the text if it can be tokenised. Raises ValidationError."""
+    if not isinstance(text, str):
+        raise ValidationError("prompt", text, "must be a string, a list of token ids or {'prompt_token_ids': [...]}")
+    if not text:
+        raise ValidationError("prompt", text, "must not be empty")
+    if len(text) > MAX_PROMPT_CHARS:
+        raise ValidationError("prompt", f"<{len(text)} characters>", f"must have at most {MAX_PROMPT_CHARS} characters")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValidationError("prompt", text, f"must be valid Unicode without lone surrogates ({error.reason})") from None
+    return text
+
+
+def check_prompt_token_ids(token_ids: Sequence[int], limits: RequestLimits) -> None:
+    """Checks a prompt against the model. Raises ValidationError, or CapacityError if it is too long."""
+    if len(token_ids) == 0:
+        raise ValidationError("prompt_token_ids", [], "must hold at least one token")
+    longest = min(limits.max_model_len, limits.num_cache_tokens) - 1
+    if len(token_ids) > longest:
+        raise CapacityError("prompt_token_ids", f"<{len(token_ids)} tokens>", f"must have at most {longest} tokens here")
+    for token_id in token_ids:
+        _check_int("prompt_token_ids", token_id, 0, limits.vocab_size - 1)
+
+
+def check_params_against_model(params: SamplingParams, limits: RequestLimits) -> None:
+    """Checks token ids in the parameters against the width of the logits. Raises ValidationError."""
+    for token_id in params.stop_token_ids:
+        _check_int("stop_token_ids", token_id, 0, limits.vocab_size - 1)
+    for token_id in params.logit_bias or ():
+        _check_int("logit_bias", token_id, 0, limits.vocab_size - 1)
+
+
+def check_priority(priority: object) -> None:
+    """Priorities are small integers. Raises ValidationError."""
+    _check_int("priority", priority, -(2**31), 2**31 - 1)
+
+
+def check_timeout(timeout_s: object) -> None:
+    """A timeout is a positive, finite number of seconds, or None. Raises ValidationError."""
+    if timeout_s is not None:
+        _check_float("timeout_s", timeout_s, 0.0, float(MAX_TOKENS))
+
+
+def _check_int(field: str, value: object, low: int, high: int) -> None:
+    is_integer = isinstance(value, int) or hasattr(value, "__index__")
+    if isinstance(value, bool) or not is_integer or not low <= int(value) <= high:  # type: ignore[call-overload,arg-type]
+        raise ValidationError(field, value, f"must be an integer in [{low}, {high}]")
+
+
+def _check_float(field: str, value: object, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or not low <= value <= high:
+        raise ValidationError(field, value, f"must be a finite number in [{low:g}, {high:g}]")
+
+
+def _check_sequence(field: str, value: object, longest: int) -> None:
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
+        raise ValidationError(field, value, "must be a list")
+    if len(value) > longest:
+        raise ValidationError(field, f"<{len(value)} entries>", f"must have at most {longest} entries")
+
+
+def _check_stop_strings(stop: object) -> None:
+    strings = (stop,) if isinstance(stop, str) else stop
+    _check_sequence("stop", strings, MAX_STOP_STRINGS)
+    assert isinstance(strings, Sequence)
+    for text in strings:
+        if not isinstance(text, str) or not 1 <= len(text) <= MAX_STOP_STRING_CHARS:
+            raise ValidationError("stop", text, f"must be strings of 1 to {MAX_STOP_STRING_CHARS} characters")
+
+
+def _check_logit_bias(bias: object) -> None:
+    if bias is None:
+        return
+    if not isinstance(bias, Mapping):
+        raise ValidationError("logit_bias", bias, "must map token ids to numbers")
+    if len(bias) > MAX_LOGIT_BIAS_ENTRIES:
+        raise ValidationError("logit_bias", f"<{len(bias)} entries>", f"must have at most {MAX_LOGIT_BIAS_ENTRIES} entries")
+    for token_id, value in bias.items():
+        _check_int("logit_bias", token_id, 0, MAX_TOKENS)
+        _check_float("logit_bias", value, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)

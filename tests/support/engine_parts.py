@@ -1,0 +1,108 @@
+"""Engines made of real parts and a fake executor."""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Callable, Sequence
+
+from jaxserve.config import SchedulerConfig
+from jaxserve.core.batch import prepare
+from jaxserve.core.buckets import BucketLadder, default_decode_rows, default_mixed_tokens
+from jaxserve.core.kv_cache_manager import KVCacheManager
+from jaxserve.core.page_pool import PagePool
+from jaxserve.core.policy import make_policies
+from jaxserve.core.predictor import MeanLengthPredictor
+from jaxserve.core.scheduler import Scheduler
+from jaxserve.engine.engine_core import EngineCore
+from jaxserve.request import Request, SamplingParams
+from tests.support.fake_executor import FakeExecutor
+
+
+class ManualClock:
+    """A clock that moves only when told to."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def make_core(
+    *,
+    num_slots: int = 8,
+    num_pages: int = 64,
+    page_size: int = 4,
+    token_budget: int = 32,
+    pipeline_depth: int = 1,
+    watermark_pages: int = 1,
+    max_queued_requests: int = 100_000,
+    clock: Callable[[], float] | None = None,
+    executor: FakeExecutor | None = None,
+    **scheduler: object,
+) -> tuple[EngineCore[object], FakeExecutor]:
+    """An engine core over a fake executor; ``scheduler`` are fields of `SchedulerConfig`."""
+    fake = executor or FakeExecutor(num_slots, page_size)
+    core = EngineCore(
+        scheduler=Scheduler(
+            policies=make_policies(SchedulerConfig(**scheduler), num_slots),  # type: ignore[arg-type]
+            kv=KVCacheManager(PagePool(num_pages), page_size),
+            ladder=BucketLadder(
+                default_decode_rows(num_slots, 1), default_mixed_tokens(token_budget, num_slots), num_slots
+            ),
+            num_slots=num_slots,
+            watermark_pages=watermark_pages,
+            max_queued_requests=max_queued_requests,
+        ),
+        executor=fake,
+        prepare=functools.partial(prepare, num_slots=num_slots),
+        predictor=MeanLengthPredictor(),
+        clock=clock or ManualClock(),
+        pipeline_depth=pipeline_depth,
+    )
+    return core, fake  # type: ignore[return-value]
+
+
+def make_request(
+    name: str,
+    prompt: Sequence[int],
+    max_tokens: int,
+    *,
+    seed: int = 0,
+    arrival: float = 0.0,
+    stop_token_ids: frozenset[int] = frozenset(),
+    parent_id: str | None = None,
+    priority: int = 0,
+    deadline: float | None = None,
+    min_tokens: int = 0,
+) -> Request:
+    """A request as the input processor would make it."""
+    return Request(
+        id=name,
+        prompt_token_ids=list(prompt),
+        params=SamplingParams(max_tokens=max_tokens, min_tokens=min_tokens),
+        arrival_time=arrival,
+        max_tokens=max_tokens,
+        seed=seed,
+        stop_token_ids=stop_token_ids,
+        priority=priority,
+        deadline=deadline,
+        parent_id=parent_id,
+    )
+
+
+def run_to_end(core: EngineCore[object], *, most_steps: int = 100_000, check: bool = True) -> int:
+    """Steps until nothing is left; returns the number of steps. Checks every invariant after each."""
+    for step in range(most_steps):
+        if not core.has_work:
+            return step
+        core.step()
+        if check:
+            core.scheduler.check_integrity()
+    raise AssertionError(f"still working after {most_steps} steps: {core.scheduler.stats()}")
+
+
+def random_prompt(rng: random.Random, longest: int, vocab_size: int = 101) -> list[int]:
+    """A prompt of 1 to ``longest`` tokens."""
+    return [rng.randrange(vocab_size) for _ in range(rng.randint(1, longest))]

@@ -1,0 +1,80 @@
+"""An executor whose arithmetic is done by hand: next token = (sum of all tokens before it + seed) % vocab."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from jaxserve.core.batch import StepBatch
+from jaxserve.core.plan import StepResult
+
+
+@dataclasses.dataclass
+class FakeExecutor:
+    """Keeps its own token rows, as the device does, and never looks at the scheduler's.
+
+    It checks what a real device could not survive: a step that reads positions nobody has written, a page
+    table that lacks a page, a page that two live slots write.
+    """
+
+    num_slots: int
+    page_size: int
+    vocab_size: int = 101
+    bad_requests: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        self.tokens: list[list[int]] = [[] for _ in range(self.num_slots)]
+        self.seeds = [0] * self.num_slots
+        self.computed = [0] * self.num_slots
+        self.tables: list[dict[int, int]] = [{} for _ in range(self.num_slots)]
+        self.contents: dict[tuple[int, int], tuple[int, ...]] = {}  # (page, offset) -> prefix it was computed from
+        self.num_dispatched = 0
+        self.num_computed_tokens = 0
+        self.batches: list[StepBatch] = []
+
+    def dispatch(self, batch: StepBatch) -> StepResult:
+        """Runs at once; a handle is its own result."""
+        plan = batch.plan
+        self.num_dispatched += 1
+        self.batches.append(batch)
+        for admission in plan.admissions:
+            self.tokens[admission.slot] = list(admission.token_ids)
+            self.seeds[admission.slot] = admission.seed
+            self.tables[admission.slot] = dict(enumerate(admission.page_ids))
+            assert 0 not in admission.page_ids, "the null page was given away"
+        for slot, index, page in plan.page_updates:
+            assert page != 0, "the null page was given away"
+            self.tables[slot][index] = page
+        assert sum(row.num_tokens for row in plan.rows) <= plan.bucket.tokens
+        assert len(plan.rows) <= plan.bucket.rows
+        return StepResult(
+            token_ids=[self._run_row(*row[1:]) for row in plan.rows],
+            bad_rows=tuple(i for i, row in enumerate(plan.rows) if row.request_id in self.bad_requests and row.samples),
+        )
+
+    def collect(self, handle: StepResult) -> StepResult:
+        return handle
+
+    def _run_row(self, slot: int, start: int, num_tokens: int, samples: bool) -> int:
+        tokens, table = self.tokens[slot], self.tables[slot]
+        assert start + num_tokens <= len(tokens), "the step computes a token that does not exist yet"
+        for position in range(start, start + num_tokens):
+            page = table[position // self.page_size]
+            self.contents[page, position % self.page_size] = tuple(tokens[: position + 1])
+        for position in range(start + num_tokens):  # attention reads every earlier key: each must be this request's
+            page = table[position // self.page_size]
+            assert self.contents[page, position % self.page_size] == tuple(tokens[: position + 1]), "foreign KV"
+        self.num_computed_tokens += num_tokens
+        if not samples:
+            return -1
+        assert start + num_tokens == len(tokens)
+        token = (sum(tokens) + self.seeds[slot]) % self.vocab_size
+        tokens.append(token)
+        return token
+
+
+def expected_tokens(prompt: list[int], seed: int, count: int, vocab_size: int = 101) -> list[int]:
+    """What `FakeExecutor` generates for a request alone."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append((sum(tokens) + seed) % vocab_size)
+    return tokens[len(prompt) :]
