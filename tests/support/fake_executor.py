@@ -26,7 +26,9 @@ class FakeExecutor:
         self.seeds = [0] * self.num_slots
         self.computed = [0] * self.num_slots
         self.tables: list[dict[int, int]] = [{} for _ in range(self.num_slots)]
-        self.contents: dict[tuple[int, int], tuple[int, ...]] = {}  # (page, offset) -> prefix it was computed from
+        self.contents: dict[
+            tuple[int, int], tuple[int, ...]
+        ] = {}  # (page, offset) -> prefix it was computed from
         self.num_dispatched = 0
         self.num_computed_tokens = 0
         self.batches: list[StepBatch] = []
@@ -48,7 +50,9 @@ class FakeExecutor:
         assert len(plan.rows) <= plan.bucket.rows
         return StepResult(
             token_ids=[self._run_row(*row[1:]) for row in plan.rows],
-            bad_rows=tuple(i for i, row in enumerate(plan.rows) if row.request_id in self.bad_requests and row.samples),
+            bad_rows=tuple(
+                i for i, row in enumerate(plan.rows) if row.request_id in self.bad_requests and row.samples
+            ),
         )
 
     def collect(self, handle: StepResult) -> StepResult:
@@ -60,9 +64,13 @@ class FakeExecutor:
         for position in range(start, start + num_tokens):
             page = table[position // self.page_size]
             self.contents[page, position % self.page_size] = tuple(tokens[: position + 1])
-        for position in range(start + num_tokens):  # attention reads every earlier key: each must be this request's
+        for position in range(
+            start + num_tokens
+        ):  # attention reads every earlier key: each must be this request's
             page = table[position // self.page_size]
-            assert self.contents[page, position % self.page_size] == tuple(tokens[: position + 1]), "foreign KV"
+            assert self.contents[page, position % self.page_size] == tuple(tokens[: position + 1]), (
+                "foreign KV"
+            )
         self.num_computed_tokens += num_tokens
         if not samples:
             return -1

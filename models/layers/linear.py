@@ -1,0 +1,40 @@
+"""The one matrix product of the models."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def linear(
+    x: jax.Array, weight: jax.Array, bias: jax.Array | None = None, *, contracting: int = 1
+) -> jax.Array:
+    """Multiplies activations with a weight whose last axes are the ones summed over.
+
+    Args:
+        x: [T, *K] with ``contracting`` axes in K.
+        weight: [*N, *K], same dtype as x.
+        bias: [*N] or None.
+        contracting: number of axes that are summed over.
+
+    Returns:
+        float32 [T, *N]: accumulated, and the bias added, in float32.
+    """
+    kept, summed = weight.shape[: weight.ndim - contracting], weight.shape[weight.ndim - contracting :]
+    # Two plain matrices: XLA:CPU would transpose a weight of more dimensions in every call. Merging axes
+    # costs nothing, on a mesh too, because only the first of the axes merged here is ever cut.
+    depth = math.prod(summed)
+    out = lax.dot_general(
+        x.reshape(x.shape[0], depth),
+        weight.reshape(math.prod(kept), depth),
+        (((1,), (1,)), ((), ())),
+        # Without this GPUs would multiply float32 in TF32 and TPUs in bfloat16.
+        precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    ).reshape(x.shape[0], *kept)
+    if bias is not None:
+        out = out + bias.astype(jnp.float32)[None]
+    return out

@@ -1,0 +1,56 @@
+"""Gated feed-forward layer (Shazeer 2020): down(activation(gate(x)) * up(x))."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+from flax import nnx
+from jax.typing import DTypeLike
+
+from jaxserve.models.config import Activation, DecoderConfig
+from jaxserve.models.layers.linear import linear
+from jaxserve.models.params import declare
+
+_LANES = 128
+_MOST_DEVICES = 8
+
+
+def activate(x: jax.Array, activation: Activation) -> jax.Array:
+    """The gate's non-linearity."""
+    match activation:
+        case "silu":
+            return jax.nn.silu(x)
+        case "gelu_tanh":
+            return jax.nn.gelu(x, approximate=True)
+
+
+def gate_up_block(ffn: int) -> int:
+    """Columns that gate and up take in turn: a TPU vector's lanes, or fewer where eight devices could not
+    have whole blocks otherwise.
+    """
+    return math.gcd(ffn // math.gcd(ffn, _MOST_DEVICES), _LANES)
+
+
+class Mlp(nnx.Module):
+    """Weights gate_up [F / b, 2, b, D] and down [D, F]; gate and up are one product.
+
+    Gate and up alternate in blocks of b columns, so that cutting axis 0 over devices leaves each with both
+    halves of its columns, and taking the halves apart moves whole vectors.
+    """
+
+    def __init__(self, config: DecoderConfig, dtype: DTypeLike) -> None:
+        hidden, ffn = config.hidden_size, config.intermediate_size
+        block = gate_up_block(ffn)
+        self.activation: Activation = config.activation
+        self.gate_up = declare(
+            (ffn // block, 2, block, hidden), dtype, ("ffn", None, None, None), std=hidden**-0.5
+        )
+        self.down = declare((hidden, ffn), dtype, (None, "ffn"), std=ffn**-0.5)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[T, D] -> [T, D]; between the products in float32, rounded once."""
+        gate_up = linear(x, self.gate_up[...])  # [T, F / b, 2, b]
+        inner = activate(gate_up[:, :, 0], self.activation) * gate_up[:, :, 1]
+        inner = inner.reshape(x.shape[0], -1).astype(x.dtype)
+        return linear(inner, self.down[...]).astype(x.dtype)
