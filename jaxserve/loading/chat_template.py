@@ -1,0 +1,137 @@
+"""Chat templates: Jinja without Python underneath, bounded in steps, template size and output size.
+
+A template is part of a model: it can read nothing but the messages and it always ends. What it cannot be
+kept from is building one huge string by doubling it, so templates deserve as much trust as the weights beside
+them; messages need none.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import minijinja
+
+from jaxserve.errors import ValidationError
+
+ROLES = ("system", "user", "assistant", "tool", "developer")
+# Llama 3.1's template with tools needs about 2,000 steps and 100 a message; a runaway loop stops in 0.1 s.
+_FUEL_PER_MESSAGE = 2_000
+_BASE_FUEL = 100_000
+_MAX_TEMPLATE_CHARS = 65_536
+_MAX_MESSAGES = 4_096
+_MAX_CONTENT_CHARS = 4 * 2**20
+_MAX_OUTPUT_CHARS = 8 * 2**20
+_GENERATION_TAG = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")  # marks training targets; prints nothing
+
+
+def render(
+    template: str,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    add_generation_prompt: bool = True,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    special_tokens: Mapping[str, str] | None = None,
+) -> str:
+    """The prompt of a conversation, as `transformers` renders it.
+
+    Args:
+        template: the model's, Jinja source.
+        messages: each with ``role`` and ``content``, both strings; other keys are handed to the template.
+        add_generation_prompt: end with the opening of the assistant's answer.
+        tools: JSON schemas of functions, for templates that know them.
+        special_tokens: ``bos_token``, ``eos_token``, ... for the template.
+
+    Raises:
+        ValidationError: for bad messages, and for a template that is broken, refuses them or runs too long.
+    """
+    if len(template) > _MAX_TEMPLATE_CHARS:
+        raise ValidationError(
+            "chat_template", f"{len(template)} characters", f"at most {_MAX_TEMPLATE_CHARS}"
+        )
+    checked = check_messages(messages)
+    environment = minijinja.Environment(
+        pycompat=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        fuel=_BASE_FUEL + _FUEL_PER_MESSAGE * len(checked),
+        filters={"tojson": _to_json},
+        globals={"raise_exception": _raise_exception, "strftime_now": time.strftime},
+    )
+    try:
+        text = environment.render_str(
+            _GENERATION_TAG.sub("", template),
+            messages=checked,
+            add_generation_prompt=add_generation_prompt,
+            tools=tools,
+            **(special_tokens or {}),
+        )
+    except _RefusedError as error:
+        raise ValidationError("messages", _roles(checked), f"the chat template says: {error}") from None
+    except (minijinja.TemplateError, ValueError, TypeError, MemoryError) as error:
+        raise ValidationError(
+            "chat_template", template, f"cannot be rendered: {_first_line(error)}"
+        ) from error
+    if len(text) > _MAX_OUTPUT_CHARS:
+        raise ValidationError(
+            "chat_template", f"{len(text)} characters of output", f"at most {_MAX_OUTPUT_CHARS}"
+        )
+    return text
+
+
+def check_messages(messages: object) -> list[dict[str, Any]]:
+    """The messages as dicts.
+
+    Raises:
+        ValidationError: naming the first message that is not allowed.
+    """
+    if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
+        raise ValidationError("messages", messages, "must be a list of {'role': ..., 'content': ...}")
+    if not 1 <= len(messages) <= _MAX_MESSAGES:
+        raise ValidationError("messages", f"{len(messages)} messages", f"must be 1 to {_MAX_MESSAGES}")
+    checked: list[dict[str, Any]] = []
+    total = 0
+    for message in messages:
+        if not isinstance(message, Mapping):
+            raise ValidationError("messages", message, "each must be a mapping with 'role' and 'content'")
+        role, content = message.get("role"), message.get("content")
+        if role not in ROLES:
+            raise ValidationError("messages", message, f"'role' must be one of {', '.join(ROLES)}")
+        if not isinstance(content, str):
+            raise ValidationError("messages", message, "'content' must be a string")
+        total += len(content)
+        if total > _MAX_CONTENT_CHARS:
+            raise ValidationError(
+                "messages", f"over {total} characters", f"at most {_MAX_CONTENT_CHARS} together"
+            )
+        checked.append({str(key): _clean(value) for key, value in message.items()})
+    return checked
+
+
+class _RefusedError(Exception):
+    """A template called raise_exception."""
+
+
+def _raise_exception(message: object = "refused") -> None:
+    raise _RefusedError(str(message)[:500])
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    """Like `transformers`' tojson: plain JSON, nothing escaped for HTML."""
+    return minijinja.safe(json.dumps(value, ensure_ascii=False, indent=indent))
+
+
+def _clean(value: Any) -> Any:
+    """Text without lone surrogates, which no encoder takes."""
+    return value.encode("utf-8", "replace").decode("utf-8") if isinstance(value, str) else value
+
+
+def _roles(messages: Sequence[Mapping[str, Any]]) -> list[Any]:
+    return [message["role"] for message in messages]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
