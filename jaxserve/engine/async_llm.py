@@ -14,6 +14,7 @@ from jaxserve.engine.input_processor import Messages, Prompt, RequestGroup
 from jaxserve.loading.tokenizer import Tokenizer
 from jaxserve.outputs import RequestOutput
 from jaxserve.request import SamplingParams
+from jaxserve.validation import RequestLimits
 
 
 class _Streams:
@@ -95,6 +96,11 @@ class AsyncLLM:
     @property
     def tokenizer(self) -> Tokenizer:
         return self._engine.tokenizer
+
+    @property
+    def limits(self) -> RequestLimits:
+        """What one request may ask for."""
+        return self._engine.inputs.limits
 
     @property
     def is_ready(self) -> bool:

@@ -117,7 +117,9 @@ def build_engine(config: EngineConfig, *, progress: bool = True) -> Engine:
             on_compiled=lambda: bar.update() and None,
         )
     core = make_core(config, resolved, runner)
-    limits = validation.RequestLimits(model_config.vocab_size, resolved.max_model_len, resolved.num_cache_tokens)
+    limits = validation.RequestLimits(
+        model_config.vocab_size, resolved.max_model_len, resolved.num_cache_tokens
+    )
     return Engine(
         name=source.name,
         loop=EngineLoop(core, tokenizer, config.scheduler.max_queued_requests + resolved.num_slots),

@@ -66,7 +66,14 @@ class EngineCore[Handle]:
         self._scheduler.add(request)
         self._unpredicted.append(request)
 
-    def end(self, request_id: str, reason: FinishReason, *, stop_reason: str | None = None, error: str | None = None) -> None:
+    def end(
+        self,
+        request_id: str,
+        reason: FinishReason,
+        *,
+        stop_reason: str | None = None,
+        error: str | None = None,
+    ) -> None:
         """Ends a request if it is alive: an abort, or a stop string found in its text."""
         request = self._scheduler.get(request_id)
         if request is not None:
@@ -117,7 +124,9 @@ class EngineCore[Handle]:
             request.predicted_output_tokens = self._predictor.predict(request)
         self._unpredicted.clear()
 
-    def _learn(self, done: _InFlight[Handle], result: StepResult, now: float, updates: list[RequestUpdate]) -> None:
+    def _learn(
+        self, done: _InFlight[Handle], result: StepResult, now: float, updates: list[RequestUpdate]
+    ) -> None:
         plan, stats = done.plan, self.stats
         bucket = stats.buckets.setdefault(plan.bucket, BucketStats())
         num_tokens = plan.num_tokens

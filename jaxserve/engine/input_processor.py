@@ -87,7 +87,11 @@ class InputProcessor:
         validation.check_params_against_model(params, self.limits)
         validation.check_priority(priority)
         validation.check_timeout(timeout_s)
-        group_id = f"request-{next(self._counter)}" if request_id is None else validation.check_request_id(request_id)
+        group_id = (
+            f"request-{next(self._counter)}"
+            if request_id is None
+            else validation.check_request_id(request_id)
+        )
         now = self._clock()
         longest = min(self.limits.max_model_len, self.limits.num_cache_tokens) - len(token_ids)
         seed = self._rng.getrandbits(32) if params.seed is None else params.seed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, cast
 
@@ -119,13 +119,19 @@ class LLM:
         make = self._engine.inputs.from_messages
         return self._run([make(chat, p) for chat, p in zip(listed, params, strict=True)], use_tqdm)
 
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+    ) -> Generator[RequestOutput]:
         """Completes one prompt, yielding everything generated so far after each step."""
         return self._stream(self._engine.inputs.from_prompt(prompt, sampling_params or SamplingParams()))
 
-    def stream_chat(self, messages: Messages, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+    def stream_chat(
+        self, messages: Messages, sampling_params: SamplingParams | None = None
+    ) -> Generator[RequestOutput]:
         """Answers one conversation, yielding everything generated so far after each step."""
-        return self._stream(self._engine.inputs.from_messages(messages, sampling_params or SamplingParams(max_tokens=None)))
+        return self._stream(
+            self._engine.inputs.from_messages(messages, sampling_params or SamplingParams(max_tokens=None))
+        )
 
     def stats(self) -> dict[str, Any]:
         """A snapshot of queues, pages, stages and padding."""
@@ -148,7 +154,9 @@ class LLM:
 
     def _repr_html_(self) -> str:
         """Rich display in notebooks."""
-        rows = "".join(f"<tr><td>{key}</td><td>{value}</td></tr>" for key, value in self._engine.description.items())
+        rows = "".join(
+            f"<tr><td>{key}</td><td>{value}</td></tr>" for key, value in self._engine.description.items()
+        )
         return f"<table><caption>jaxserve.LLM</caption>{rows}</table>"
 
     def _run(self, groups: list[RequestGroup], use_tqdm: bool) -> list[RequestOutput]:
@@ -174,7 +182,7 @@ class LLM:
                 raise
         return [outputs[group.id] for group in groups]
 
-    def _stream(self, group: RequestGroup) -> Iterator[RequestOutput]:
+    def _stream(self, group: RequestGroup) -> Generator[RequestOutput]:
         inbox: queue.SimpleQueue[list[RequestOutput]] = queue.SimpleQueue()
         self._engine.loop.submit(group, inbox.put, streams=True)
         finished = False
@@ -194,9 +202,13 @@ def _is_one_prompt(prompts: object) -> bool:
     return isinstance(prompts, Sequence) and len(prompts) > 0 and isinstance(prompts[0], int)
 
 
-def _params_for[T](items: list[T], params: SamplingParams | Sequence[SamplingParams] | None, default: SamplingParams) -> list[SamplingParams]:
+def _params_for[T](
+    items: list[T], params: SamplingParams | Sequence[SamplingParams] | None, default: SamplingParams
+) -> list[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or default] * len(items)
     if len(params) != len(items):
-        raise ValidationError("sampling_params", f"<{len(params)} entries>", f"must have one entry a prompt ({len(items)})")
+        raise ValidationError(
+            "sampling_params", f"<{len(params)} entries>", f"must have one entry a prompt ({len(items)})"
+        )
     return list(params)

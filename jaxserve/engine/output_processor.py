@@ -49,7 +49,9 @@ class _Completion:
         if found is None:
             return None
         at, stop = found
-        self.text = self.text[: at + len(stop)] if self.request.params.include_stop_str_in_output else self.text[:at]
+        self.text = (
+            self.text[: at + len(stop)] if self.request.params.include_stop_str_in_output else self.text[:at]
+        )
         return stop
 
     def finish(self, reason: FinishReason | None, stop_reason: int | str | None) -> str | None:
@@ -114,7 +116,9 @@ class _Group:
                 arrival_time=requests[0].arrival_time,
                 first_scheduled_time=requests[0].first_scheduled_time,
                 first_token_time=min(first) if first else None,
-                finish_time=max((r.finish_time for r in requests if r.finish_time is not None), default=None) if done else None,
+                finish_time=max((r.finish_time for r in requests if r.finish_time is not None), default=None)
+                if done
+                else None,
                 num_preemptions=sum(r.num_preemptions for r in requests),
             ),
         )

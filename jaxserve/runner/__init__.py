@@ -1,0 +1,1 @@
+"""Everything that touches the device: state, compiled programs, sampling."""

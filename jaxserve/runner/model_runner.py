@@ -1,0 +1,171 @@
+"""The executor that runs steps on JAX devices."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxserve.core.batch import StepBatch, prepare
+from jaxserve.core.plan import Admission, Bucket, StepPlan, StepResult, TopLogprobs
+from jaxserve.models.decoder import Decoder
+from jaxserve.models.params import Params
+from jaxserve.models.sharding import TENSOR_AXIS
+from jaxserve.pallas_kernels.ragged_paged_attention.api import Implementation
+from jaxserve.runner.compile_counter import compile_counter
+from jaxserve.runner.programs import Programs
+from jaxserve.runner.resolve import ResolvedConfig
+from jaxserve.runner.sampler import Sampled
+from jaxserve.runner.slots import SlotState, admission_rows, empty_slots
+from jaxserve.runner.step import Caches
+
+
+class StepHandle(NamedTuple):
+    """A step on its way: device arrays that fill when it has run."""
+
+    plan: StepPlan
+    sampled: Sampled
+    logprob_counts: list[int] | None  # per row, -1 for none; None if no row wants any
+
+
+def admission_sizes(num_slots: int) -> tuple[int, ...]:
+    """Sizes in which admissions are written: one at a time, or a handful."""
+    return (1, 8) if num_slots >= 8 else (1,)
+
+
+class ModelRunner:
+    """Holds parameters, KV caches and slots; implements `jaxserve.core.batch.Executor`.
+
+    Steps run in dispatch order because each takes the caches and slots that its predecessor returns.
+    """
+
+    def __init__(
+        self,
+        module: Decoder,
+        params: Params,
+        mesh: Mesh,
+        resolved: ResolvedConfig,
+        implementation: Implementation,
+        *,
+        run_each_once: bool,
+        on_compiled: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._params = params
+        self._resolved = resolved
+        self._admission_sizes = admission_sizes(resolved.num_slots)
+        self._logprob_counts = [-1] * resolved.num_slots
+        replicated = NamedSharding(mesh, PartitionSpec())
+        self._slots: SlotState = jax.device_put(
+            empty_slots(resolved.num_slots, resolved.max_model_len, resolved.layout.page_size), replicated
+        )
+        self._caches: Caches = _empty_caches(resolved, module.config.num_layers, mesh)
+        self._programs = Programs(
+            module,
+            mesh,
+            implementation,
+            buckets=resolved.ladder.all(),
+            admission_sizes=self._admission_sizes,
+            params=params,
+            caches=self._caches,
+            slots=self._slots,
+            on_compiled=on_compiled,
+        )
+        if run_each_once:
+            for bucket in resolved.ladder.all():
+                self._run_empty(bucket)
+        self._run_empty(resolved.ladder.all()[0])
+        self._compiles_at_start = compile_counter().count
+
+    @property
+    def compiles_after_warmup(self) -> int:
+        """Compilations of this process since the runner was ready; must stay 0."""
+        return compile_counter().count - self._compiles_at_start
+
+    def prepare(self, plan: StepPlan) -> StepBatch:
+        """The *prepare* stage, for this runner's slots."""
+        return prepare(plan, num_slots=self._resolved.num_slots)
+
+    def dispatch(self, batch: StepBatch) -> StepHandle:
+        """Launches a step; returns before it has run."""
+        plan = batch.plan
+        if plan.admissions:
+            self._admit(list(plan.admissions))
+        sampled = self._run(plan.bucket, batch.rows, batch.page_updates)
+        sampled.token_ids.copy_to_host_async()
+        counts = [self._logprob_counts[row.slot] if row.samples else -1 for row in plan.rows]
+        if max(counts) < 0:
+            return StepHandle(plan, sampled, None)
+        for array in (sampled.chosen_logprob, sampled.rank, sampled.top_ids, sampled.top_logprobs):
+            array.copy_to_host_async()
+        return StepHandle(plan, sampled, counts)
+
+    def collect(self, handle: StepHandle) -> StepResult:
+        """Waits for a step and reads what it sampled."""
+        token_ids: list[int] = np.asarray(handle.sampled.token_ids)[: len(handle.plan.rows)].tolist()
+        bad_rows: tuple[int, ...] = ()
+        if token_ids and min(token_ids) < 0:
+            rows = handle.plan.rows
+            bad_rows = tuple(i for i, token_id in enumerate(token_ids) if token_id < 0 and rows[i].samples)
+        logprobs = (
+            None if handle.logprob_counts is None else _read_logprobs(handle.sampled, handle.logprob_counts)
+        )
+        return StepResult(token_ids, logprobs, bad_rows)
+
+    def close(self) -> None:
+        """Drops every reference to device memory."""
+        del self._params, self._caches, self._slots, self._programs
+
+    def _run(self, bucket: Bucket, rows: Any, page_updates: Any) -> Sampled:
+        self._caches, self._slots, sampled = self._programs.step(bucket)(
+            self._params, self._caches, self._slots, rows, page_updates
+        )
+        return sampled
+
+    def _run_empty(self, bucket: Bucket) -> None:
+        batch = self.prepare(StepPlan(step=0, rows=(), bucket=bucket))
+        np.asarray(self._run(bucket, batch.rows, batch.page_updates).token_ids)
+
+    def _admit(self, admissions: list[Admission]) -> None:
+        for admission in admissions:
+            wanted = admission.params.logprobs
+            self._logprob_counts[admission.slot] = -1 if wanted is None else wanted
+        resolved = self._resolved
+        while admissions:
+            size = next((s for s in self._admission_sizes if s >= len(admissions)), self._admission_sizes[-1])
+            now, admissions = admissions[:size], admissions[size:]
+            index, rows = admission_rows(
+                now,
+                size,
+                num_slots=resolved.num_slots,
+                max_model_len=resolved.max_model_len,
+                page_size=resolved.layout.page_size,
+            )
+            self._slots = self._programs.admit(size)(self._slots, index, rows)
+
+
+def _empty_caches(resolved: ResolvedConfig, num_layers: int, mesh: Mesh) -> Caches:
+    sharding = NamedSharding(mesh, PartitionSpec(None, None, TENSOR_AXIS, None))
+    shape, dtype = resolved.layout.shape(resolved.num_pages), resolved.layout.dtype
+    make = jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=sharding)
+    return tuple(make() for _ in range(num_layers))
+
+
+def _read_logprobs(sampled: Sampled, counts: list[int]) -> list[TopLogprobs | None]:
+    chosen, rank = np.asarray(sampled.chosen_logprob), np.asarray(sampled.rank)
+    top_ids, top_logprobs = np.asarray(sampled.top_ids), np.asarray(sampled.top_logprobs)
+    return [
+        None
+        if count < 0
+        else TopLogprobs(
+            float(chosen[row]),
+            int(rank[row]),
+            top_ids[row, :count].tolist(),
+            top_logprobs[row, :count].tolist(),
+        )
+        for row, count in enumerate(counts)
+    ]

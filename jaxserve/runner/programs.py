@@ -1,0 +1,96 @@
+"""Compiles every program of the ladder before the first request; afterwards nothing can compile.
+
+Programs are compiled ahead of time and called as executables: an input of another shape is an error, never a
+silent compilation.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxserve.core.batch import NUM_PAGE_FIELDS, NUM_ROW_FIELDS
+from jaxserve.core.plan import Bucket
+from jaxserve.models.decoder import Decoder
+from jaxserve.models.params import Params
+from jaxserve.pallas_kernels.ragged_paged_attention.api import Implementation
+from jaxserve.runner.slots import SlotState, write_rows
+from jaxserve.runner.step import Caches, make_step
+
+Compiled = Callable[..., Any]
+
+
+class Programs:
+    """The compiled steps, one a bucket, and the compiled admissions, one a size."""
+
+    def __init__(
+        self,
+        module: Decoder,
+        mesh: Mesh,
+        implementation: Implementation,
+        *,
+        buckets: Iterable[Bucket],
+        admission_sizes: Iterable[int],
+        params: Params,
+        caches: Caches,
+        slots: SlotState,
+        on_compiled: Callable[[], None],
+    ) -> None:
+        replicated = NamedSharding(mesh, PartitionSpec())
+        jobs: dict[Bucket | int, Callable[[], jax.stages.Lowered]] = {}
+        for bucket in buckets:
+            step = jax.jit(
+                make_step(module, bucket, mesh, implementation),
+                donate_argnums=(1, 2),
+                out_shardings=(tuple(cache.sharding for cache in caches), replicated, replicated),
+            )
+            rows = jax.ShapeDtypeStruct((NUM_ROW_FIELDS, bucket.rows), jnp.int32, sharding=replicated)
+            pages = jax.ShapeDtypeStruct((NUM_PAGE_FIELDS, bucket.rows), jnp.int32, sharding=replicated)
+            jobs[bucket] = _job(step, params, caches, slots, rows, pages)
+        write = jax.jit(write_rows, donate_argnums=0, out_shardings=replicated)
+        for size in admission_sizes:
+            index = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=replicated)
+            new = jax.tree.map(
+                lambda a: jax.ShapeDtypeStruct((size, *a.shape[1:]), a.dtype, sharding=replicated),  # noqa: B023
+                slots,
+            )
+            jobs[size] = _job(write, slots, index, new)
+        self._compiled = _compile_all(jobs, on_compiled)
+
+    def step(self, bucket: Bucket) -> Compiled:
+        """The program of a bucket."""
+        return self._compiled[bucket]
+
+    def admit(self, size: int) -> Compiled:
+        """The program that writes ``size`` rows into the slots."""
+        return self._compiled[size]
+
+
+def count_programs(buckets: Iterable[Bucket], admission_sizes: Iterable[int]) -> int:
+    """How many programs `Programs` compiles, for a progress bar."""
+    return len(set(buckets)) + len(set(admission_sizes))
+
+
+def _job(function: Any, *args: Any) -> Callable[[], jax.stages.Lowered]:
+    return lambda: function.lower(*args)
+
+
+def _compile_all(
+    jobs: dict[Bucket | int, Callable[[], jax.stages.Lowered]], on_compiled: Callable[[], None]
+) -> dict[Bucket | int, Compiled]:
+    """Traces one after the other (Python), compiles side by side (XLA releases the interpreter)."""
+
+    def compile_one(lowered: jax.stages.Lowered) -> Compiled:
+        compiled = lowered.compile()
+        on_compiled()
+        return compiled
+
+    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+        futures = {key: pool.submit(compile_one, lower()) for key, lower in jobs.items()}
+        return {key: future.result() for key, future in futures.items()}

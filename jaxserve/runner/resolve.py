@@ -1,0 +1,145 @@
+"""Fills in every ``auto`` of a configuration, once the model and the device are known."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxserve.config import EngineConfig
+from jaxserve.core.buckets import BucketLadder, default_decode_rows, default_mixed_tokens
+from jaxserve.errors import ConfigError
+from jaxserve.models.config import DecoderConfig
+from jaxserve.pallas_kernels.layout import KVLayout
+from jaxserve.platforms import Platform
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ResolvedConfig:
+    """What the engine is really built from; nothing in it is open.
+
+    Attributes:
+        dtype: of weights, activations and KV.
+        max_model_len: prompt plus output tokens of one request.
+        num_slots: requests that run at once.
+        num_pages: KV pages, the null page included.
+        layout: of a page.
+        ladder: shapes to compile.
+        watermark_pages: pages that admission leaves free.
+    """
+
+    dtype: str
+    max_model_len: int
+    num_slots: int
+    num_pages: int
+    layout: KVLayout
+    ladder: BucketLadder
+    watermark_pages: int
+
+    @property
+    def num_cache_tokens(self) -> int:
+        """Tokens that all pages hold together."""
+        return (self.num_pages - 1) * self.layout.page_size
+
+
+def resolve_dtype(config: EngineConfig, platform: Platform) -> str:
+    """The precision of weights, activations and KV."""
+    return platform.default_dtype if config.model.dtype == "auto" else config.model.dtype
+
+
+def resolve(config: EngineConfig, platform: Platform, model: DecoderConfig, mesh: Mesh) -> ResolvedConfig:
+    """Chooses sizes for this model on this device; call it when the weights are loaded.
+
+    Raises:
+        ConfigError: for sizes that contradict each other, or do not fit in memory.
+    """
+    dtype = resolve_dtype(config, platform)
+    num_slots = config.scheduler.max_num_seqs or platform.default_max_num_seqs
+    ladder = _ladder(config, platform, dtype, num_slots)
+    layout = KVLayout(config.cache.page_size, model.num_kv_heads, model.head_dim, jnp.dtype(dtype))
+    wanted_len = config.model.max_model_len or model.max_position_embeddings
+    if wanted_len > model.max_position_embeddings:
+        raise ConfigError(
+            f"max_model_len={wanted_len}: the model was made for {model.max_position_embeddings}"
+        )
+    page_bytes = layout.bytes_per_page() * model.num_layers // mesh.size
+    num_pages = config.cache.num_pages or _affordable_pages(
+        config, platform, model, mesh, ladder, page_bytes, num_slots * (-(-wanted_len // layout.page_size))
+    )
+    max_model_len = min(wanted_len, (num_pages - 1) * layout.page_size)
+    if config.model.max_model_len is not None and max_model_len < wanted_len:
+        raise ConfigError(
+            f"max_model_len={wanted_len}: {num_pages} KV pages hold {max_model_len} tokens; give at most that, "
+            "fewer slots do not help, more memory_fraction or num_pages does"
+        )
+    if max_model_len < layout.page_size:
+        raise ConfigError(
+            f"memory_fraction={config.cache.memory_fraction}: no room for KV pages beside the weights"
+        )
+    resolved = ResolvedConfig(
+        dtype=dtype,
+        max_model_len=max_model_len,
+        num_slots=num_slots,
+        num_pages=num_pages,
+        layout=layout,
+        ladder=ladder,
+        watermark_pages=int(config.cache.watermark * num_pages),
+    )
+    _LOG.info(
+        "%s on %s x %d: %d slots, %d pages of %d tokens (%.2f GiB), context %d, decode rows %s, mixed tokens %s",
+        dtype,
+        platform.name,
+        mesh.size,
+        num_slots,
+        num_pages,
+        layout.page_size,
+        num_pages * page_bytes * mesh.size / 2**30,
+        max_model_len,
+        ladder.decode_rows,
+        ladder.mixed_tokens,
+    )
+    return resolved
+
+
+def _ladder(config: EngineConfig, platform: Platform, dtype: str, num_slots: int) -> BucketLadder:
+    runner = config.runner
+    budget = config.scheduler.max_num_batched_tokens or max(platform.default_token_budget, 2 * num_slots)
+    if budget <= num_slots:
+        raise ConfigError(f"max_num_batched_tokens={budget}: must exceed max_num_seqs={num_slots}")
+    rows = runner.row_buckets or default_decode_rows(num_slots, platform.smallest_rows(dtype))
+    if rows[-1] < num_slots:
+        raise ConfigError(f"row_buckets={rows}: the last must be at least max_num_seqs={num_slots}")
+    tokens = runner.token_buckets or default_mixed_tokens(budget, rows[-1])
+    if tokens[0] <= rows[-1]:
+        raise ConfigError(f"token_buckets={tokens}: each must exceed the {rows[-1]} rows of a mixed step")
+    return BucketLadder(decode_rows=rows, mixed_tokens=tokens, mixed_rows=rows[-1])
+
+
+def _affordable_pages(
+    config: EngineConfig,
+    platform: Platform,
+    model: DecoderConfig,
+    mesh: Mesh,
+    ladder: BucketLadder,
+    page_bytes: int,
+    useful_pages: int,
+) -> int:
+    device: jax.Device = mesh.devices.flat[0]
+    reserve = _temporary_bytes(model, ladder, mesh.size)
+    affordable = platform.cache_bytes(config.cache.memory_fraction, device, reserve) // page_bytes
+    return max(min(affordable, useful_pages + 1), 2)
+
+
+def _temporary_bytes(model: DecoderConfig, ladder: BucketLadder, num_devices: int) -> int:
+    """Upper estimate of one step's temporaries: logits and their sampling copies, and a layer's activations."""
+    logits = 6 * 4 * ladder.mixed_rows * model.vocab_size
+    widest = (
+        model.hidden_size * 6
+        + (model.intermediate_size * 3 + model.num_heads * model.head_dim * 4) // num_devices
+    )
+    return logits + 4 * ladder.token_budget * widest

@@ -1,0 +1,406 @@
+"""Choosing the next token on the device, for rows that each have their own sampling parameters.
+
+The order of operations is vLLM's: log-probabilities come from the raw logits; then penalties, logit bias and
+masked end tokens; then either the best token, or temperature, min-p, top-k, top-p and a draw.
+
+Nothing sorts the vocabulary: what top-k and top-p keep is "every logit from some value up", and that value is
+found by bisection. What is drawn for a row depends on its logits, its seed and its position only, so it is the
+same in any batch, bucket or slot, and after a preemption. What no row asks for is not computed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxserve.core.plan import Admission
+from jaxserve.validation import MAX_LOGIT_BIAS_ENTRIES, MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
+
+# The request's own stop tokens and the model's end tokens.
+MAX_STOP_IDS = MAX_STOP_TOKEN_IDS + 16
+
+_LOWEST_KEY = -(2**31)
+_HIGHEST_KEY = 2**31 - 1
+_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, slots=True)
+class SamplingState:
+    """Sampling parameters, one row per slot or per request; meanings as in `jaxserve.request.SamplingParams`.
+
+    Rows of padding may hold anything (zeros, say): a row whose ``num_tokens`` is 0 is never looked at.
+
+    Attributes:
+        temperature: float32 [R]; 0 takes the best token.
+        top_k: int32 [R]; 0 or less keeps all.
+        top_p: float32 [R]; 1 keeps all.
+        min_p: float32 [R]; 0 keeps all.
+        repetition_penalty: float32 [R]; 1 for none.
+        presence_penalty: float32 [R].
+        frequency_penalty: float32 [R].
+        seed: uint32 [R].
+        logprobs: int32 [R]; how many alternatives to report, -1 for no log-probabilities at all.
+        min_tokens: int32 [R]; ``stop_ids`` are masked until this many tokens were output.
+        stop_ids: int32 [R, MAX_STOP_IDS], padded with -1.
+        bias_ids: int32 [R, MAX_LOGIT_BIAS_ENTRIES], padded with -1.
+        bias_values: float32 [R, MAX_LOGIT_BIAS_ENTRIES].
+        prompt_len: int32 [R]; tokens of the history that are prompt.
+    """
+
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+    min_p: jax.Array
+    repetition_penalty: jax.Array
+    presence_penalty: jax.Array
+    frequency_penalty: jax.Array
+    seed: jax.Array
+    logprobs: jax.Array
+    min_tokens: jax.Array
+    stop_ids: jax.Array
+    bias_ids: jax.Array
+    bias_values: jax.Array
+    prompt_len: jax.Array
+
+
+class Sampled(NamedTuple):
+    """One token per row, on the device.
+
+    Attributes:
+        token_ids: int32 [R].
+        chosen_logprob: float32 [R]; of the model's own distribution. This and the three below are meaningful
+            only for rows that ask for log-probabilities.
+        rank: int32 [R]; 1 plus the number of tokens with a higher logit.
+        top_ids: int32 [R, min(20, V)], best first.
+        top_logprobs: float32 [R, min(20, V)].
+        finite: bool [R]; False if the row's logits hold a NaN or no finite maximum. Its token is then 0.
+    """
+
+    token_ids: jax.Array
+    chosen_logprob: jax.Array
+    rank: jax.Array
+    top_ids: jax.Array
+    top_logprobs: jax.Array
+    finite: jax.Array
+
+
+def sampling_rows(admissions: Sequence[Admission], count: int) -> SamplingState:
+    """Host (numpy) rows of requests, padded to ``count`` with rows that ask for nothing.
+
+    Raises:
+        ValueError: if a request has more stop tokens than fit; validation and the model's end tokens keep
+            within that.
+    """
+    filler = count - len(admissions)
+    params = [admission.params for admission in admissions]
+
+    def column(values: list[float], neutral: float, dtype: type[np.generic]) -> np.ndarray:
+        return np.array(values + [neutral] * filler, dtype)
+
+    stop_ids = np.full((count, MAX_STOP_IDS), -1, np.int32)
+    bias_ids = np.full((count, MAX_LOGIT_BIAS_ENTRIES), -1, np.int32)
+    bias_values = np.zeros((count, MAX_LOGIT_BIAS_ENTRIES), np.float32)
+    for row, admission in enumerate(admissions):
+        if len(admission.stop_token_ids) > MAX_STOP_IDS:
+            raise ValueError(
+                f"stop_token_ids has {len(admission.stop_token_ids)} ids: at most {MAX_STOP_IDS} fit"
+            )
+        stop_ids[row, : len(admission.stop_token_ids)] = admission.stop_token_ids
+        bias = admission.params.logit_bias or {}
+        bias_ids[row, : len(bias)] = list(bias.keys())
+        bias_values[row, : len(bias)] = list(bias.values())
+    rows = SamplingState(
+        temperature=column([p.temperature for p in params], 0.0, np.float32),
+        top_k=column([max(p.top_k, 0) for p in params], 0, np.int32),
+        top_p=column([p.top_p for p in params], 1.0, np.float32),
+        min_p=column([p.min_p for p in params], 0.0, np.float32),
+        repetition_penalty=column([p.repetition_penalty for p in params], 1.0, np.float32),
+        presence_penalty=column([p.presence_penalty for p in params], 0.0, np.float32),
+        frequency_penalty=column([p.frequency_penalty for p in params], 0.0, np.float32),
+        seed=column([admission.seed for admission in admissions], 0, np.uint32),
+        logprobs=column([-1 if p.logprobs is None else p.logprobs for p in params], -1, np.int32),
+        min_tokens=column([p.min_tokens for p in params], 0, np.int32),
+        stop_ids=stop_ids,
+        bias_ids=bias_ids,
+        bias_values=bias_values,
+        prompt_len=column([admission.num_prompt_tokens for admission in admissions], 0, np.int32),
+    )  # type: ignore[arg-type]
+    return rows
+
+
+def sample(logits: jax.Array, state: SamplingState, tokens: jax.Array, num_tokens: jax.Array) -> Sampled:
+    """Chooses the next token of every row; jitted as part of a step.
+
+    Args:
+        logits: float32 [R, V], the model's own.
+        state: the rows' parameters.
+        tokens: int32 [R, L]; the rows' histories, prompt and output.
+        num_tokens: int32 [R]; how many of ``tokens`` are valid, which is the position of the token sampled
+            here. A row with 0 is padding: it gets a token, which means nothing.
+    """
+    active = num_tokens > 0
+    best = jnp.max(logits, axis=-1)
+    finite = jnp.isfinite(best)  # a maximum carries NaN along
+    draws = active & (state.temperature > 0.0)
+    edits = active & _edits_logits(state, num_tokens)
+
+    def choose() -> jax.Array:
+        edited = _edit_logits(logits, state, tokens, num_tokens, edits)
+        greedy = _argmax(edited, jnp.max(edited, axis=-1))
+        drawn = jax.lax.cond(jnp.any(draws), lambda: _draw(edited, state, num_tokens, draws), lambda: greedy)
+        return jnp.where(draws, drawn, greedy)
+
+    token_ids = jax.lax.cond(jnp.any(draws | edits), choose, lambda: _argmax(logits, best))
+    token_ids = jnp.where(finite, token_ids, 0)
+    num_top = min(MAX_LOGPROBS, logits.shape[1])
+    report = jax.lax.cond(
+        jnp.any(active & (state.logprobs >= 0)),
+        lambda: _report(logits, token_ids, num_top),
+        lambda: _empty_report(logits.shape[0], num_top),
+    )
+    return Sampled(token_ids, *report, finite)
+
+
+def _argmax(logits: jax.Array, best: jax.Array) -> jax.Array:
+    """The lowest id of the best logit, [R]; two vectorised passes are faster than XLA's argmax on a CPU."""
+    ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+    none = jnp.int32(logits.shape[1] - 1)  # rows of NaN
+    return jnp.min(jnp.where(logits == best[:, None], ids, none), axis=-1)
+
+
+def _edits_logits(state: SamplingState, num_tokens: jax.Array) -> jax.Array:
+    """Which rows change their logits before anything is chosen, bool [R]."""
+    return _has_penalties(state) | _has_bias(state) | _masks_stop_ids(state, num_tokens)
+
+
+def _has_penalties(state: SamplingState) -> jax.Array:
+    return (
+        (state.repetition_penalty != 1.0) | (state.presence_penalty != 0.0) | (state.frequency_penalty != 0.0)
+    )
+
+
+def _has_bias(state: SamplingState) -> jax.Array:
+    return state.bias_ids[:, 0] >= 0
+
+
+def _masks_stop_ids(state: SamplingState, num_tokens: jax.Array) -> jax.Array:
+    return num_tokens - state.prompt_len < state.min_tokens
+
+
+def _edit_logits(
+    logits: jax.Array, state: SamplingState, tokens: jax.Array, num_tokens: jax.Array, edits: jax.Array
+) -> jax.Array:
+    """Penalties, logit bias and masked stop tokens, each only if some row has it."""
+    rows, vocab = logits.shape
+    row = jnp.arange(rows)[:, None]
+
+    def in_vocab(ids: jax.Array, wanted: jax.Array) -> jax.Array:
+        return jnp.where((ids >= 0) & wanted[:, None], ids, vocab)  # out of range: dropped
+
+    def penalise() -> jax.Array:
+        return _penalise(logits, state, tokens, num_tokens)
+
+    def bias(x: jax.Array) -> jax.Array:
+        return x.at[row, in_vocab(state.bias_ids, edits)].add(state.bias_values, mode="drop")
+
+    masks = edits & _masks_stop_ids(state, num_tokens)
+
+    def mask_stop_ids(x: jax.Array) -> jax.Array:
+        return x.at[row, in_vocab(state.stop_ids, masks)].set(-jnp.inf, mode="drop")
+
+    edited = jax.lax.cond(jnp.any(edits & _has_penalties(state)), penalise, lambda: logits)
+    edited = jax.lax.cond(jnp.any(edits & _has_bias(state)), bias, lambda x: x, edited)
+    return jax.lax.cond(jnp.any(masks), mask_stop_ids, lambda x: x, edited)
+
+
+def _penalise(logits: jax.Array, state: SamplingState, tokens: jax.Array, num_tokens: jax.Array) -> jax.Array:
+    rows, vocab = logits.shape
+    index = jax.lax.broadcasted_iota(jnp.int32, tokens.shape, 1)
+    row = jnp.arange(rows)[:, None]
+
+    def count(wanted: jax.Array) -> jax.Array:
+        ids = jnp.where(wanted, tokens, vocab)
+        return jnp.zeros((rows, vocab), jnp.int32).at[row, ids].add(1, mode="drop")
+
+    is_output = (index >= state.prompt_len[:, None]) & (index < num_tokens[:, None])
+    output_counts = count(is_output)
+    prompt_counts = count(index < jnp.minimum(state.prompt_len, num_tokens)[:, None])
+    repetition = state.repetition_penalty[:, None]
+    repeated = jnp.where(logits > 0.0, logits / repetition, logits * repetition)
+    edited = jnp.where(output_counts + prompt_counts > 0, repeated, logits)
+    edited -= state.frequency_penalty[:, None] * output_counts.astype(jnp.float32)
+    edited -= state.presence_penalty[:, None] * (output_counts > 0).astype(jnp.float32)
+    return jnp.where(_has_penalties(state)[:, None], edited, logits)
+
+
+def _draw(logits: jax.Array, state: SamplingState, num_tokens: jax.Array, draws: jax.Array) -> jax.Array:
+    """Draws from the filtered distribution by the Gumbel-max trick, [R]."""
+    scaled = _temper(logits, state, draws)
+    kept = keep_mask(scaled, state, draws)
+    noise = gumbel_noise(state.seed, num_tokens, logits.shape[1])
+    perturbed = jnp.where(kept, scaled + noise, -jnp.inf)
+    return _argmax(perturbed, jnp.max(perturbed, axis=-1))
+
+
+def _temper(logits: jax.Array, state: SamplingState, draws: jax.Array) -> jax.Array:
+    """Logits over temperature, shifted so that the best is 0: no temperature makes them overflow."""
+    temperature = jnp.where(draws, state.temperature, 1.0)[:, None]
+    return (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature
+
+
+def gumbel_noise(seed: jax.Array, position: jax.Array, vocab: int) -> jax.Array:
+    """Standard Gumbel noise, float32 [R, vocab], that depends on (seed, position, token id) and nothing else.
+
+    Threefry-2x32 (Salmon et al. 2011) keyed by seed and position and counted by token id, written out here
+    because then XLA makes one loop of it: `jax.random` keeps every round's words in memory on a CPU, which
+    takes 2.5 times as long.
+
+    Args:
+        seed: uint32 [R].
+        position: int32 [R].
+        vocab: number of tokens.
+    """
+    token = jax.lax.broadcasted_iota(jnp.uint32, (seed.shape[0], vocab), 1)
+    words = threefry(seed[:, None], position.astype(jnp.uint32)[:, None], token, jnp.zeros_like(token))
+    uniform = (words[0] >> 8).astype(jnp.float32) * 2.0**-24 + 2.0**-25  # in (0, 1)
+    return -jnp.log(-jnp.log(uniform))
+
+
+def threefry(
+    key0: jax.Array, key1: jax.Array, counter0: jax.Array, counter1: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Threefry-2x32 with 20 rounds, elementwise on uint32."""
+    keys = (key0, key1, key0 ^ key1 ^ jnp.uint32(0x1BD11BDA))
+    x0, x1 = counter0 + keys[0], counter1 + keys[1]
+    for group in range(5):
+        for rotation in _ROTATIONS[group % 2]:
+            x0 = x0 + x1
+            x1 = x0 ^ ((x1 << rotation) | (x1 >> (32 - rotation)))
+        x0 = x0 + keys[(group + 1) % 3]
+        x1 = x1 + keys[(group + 2) % 3] + jnp.uint32(group + 1)
+    return x0, x1
+
+
+def keep_mask(scaled: jax.Array, state: SamplingState, draws: jax.Array) -> jax.Array:
+    """Which tokens may be drawn, bool [R, V].
+
+    min-p first, then top-k among its survivors, then top-p among theirs. A token is kept or dropped by its
+    logit alone, so tokens that tie at a threshold are kept together.
+
+    Args:
+        scaled: float32 [R, V], logits over temperature with a maximum of 0 in each row.
+        state: the rows' parameters.
+        draws: bool [R]; the other rows cost nothing, and what is returned for them means nothing.
+    """
+    with_min_p = draws & (state.min_p > 0.0)
+    floor = jnp.where(with_min_p, jnp.log(jnp.where(with_min_p, state.min_p, 1.0)), -jnp.inf)
+    scaled = jnp.where(scaled >= floor[:, None], scaled, -jnp.inf)
+    with_top_k = draws & (state.top_k > 0) & (state.top_k < scaled.shape[1])
+    with_top_p = draws & (state.top_p < 1.0)
+
+    def top_k(x: jax.Array) -> jax.Array:
+        def enough(count: jax.Array, _: jax.Array) -> jax.Array:
+            return count >= state.top_k
+
+        return _keep_from(x, _threshold(x, jnp.ones_like(x), enough, with_top_k))
+
+    def top_p(x: jax.Array) -> jax.Array:
+        mass = jnp.exp(x)
+        wanted = state.top_p * jnp.sum(mass, axis=-1)
+
+        def enough(_: jax.Array, kept_mass: jax.Array) -> jax.Array:
+            return kept_mass >= wanted
+
+        return _keep_from(x, _threshold(x, mass, enough, with_top_p))
+
+    scaled = jax.lax.cond(jnp.any(with_top_k), top_k, lambda x: x, scaled)
+    scaled = jax.lax.cond(jnp.any(with_top_p), top_p, lambda x: x, scaled)
+    return scaled > -jnp.inf
+
+
+def _keep_from(x: jax.Array, threshold: jax.Array) -> jax.Array:
+    return jnp.where(_ordered_bits(x) >= threshold[:, None], x, -jnp.inf)
+
+
+def _ordered_bits(x: jax.Array) -> jax.Array:
+    """int32 of the same order as the float32 (no NaN): the bits of negative numbers run backwards."""
+    x = x + 0.0  # -0.0 becomes 0.0
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    return bits ^ ((bits >> 31) & _HIGHEST_KEY)
+
+
+def _threshold(
+    x: jax.Array,
+    mass: jax.Array,
+    enough: Callable[[jax.Array, jax.Array], jax.Array],
+    wanted: jax.Array,
+) -> jax.Array:
+    """The highest key such that keeping every element from it up is still enough, int32 [R].
+
+    Exact: it bisects the integers that order floats, at most 32 passes over x. A row is done as soon as only
+    one element is left to decide about.
+
+    Args:
+        x: float32 [R, V].
+        mass: float32 [R, V], not negative.
+        enough: count int32 [R] and mass float32 [R] of what is kept -> bool [R]; monotonic.
+        wanted: bool [R]; the other rows keep everything.
+    """
+    keys = _ordered_bits(x)
+    rows, vocab = x.shape
+    everything = jnp.full(rows, vocab, jnp.int32)
+    low = jnp.full(rows, _LOWEST_KEY, jnp.int32)
+    high = jnp.full(rows, _HIGHEST_KEY, jnp.int32)
+
+    def pending(carry: tuple[jax.Array, ...]) -> jax.Array:
+        return jnp.any(carry[-1])
+
+    def halve(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        low, high, low_count, high_count, undecided = carry  # keeping from low is enough, from high is not
+        middle = (low & high) + ((low ^ high) >> 1)
+        count, kept_mass = _count_and_mass(keys >= middle[:, None], mass)
+        is_enough = enough(count, kept_mass)
+        raise_low, lower_high = undecided & is_enough, undecided & ~is_enough
+        low, low_count = jnp.where(raise_low, middle, low), jnp.where(raise_low, count, low_count)
+        high, high_count = jnp.where(lower_high, middle, high), jnp.where(lower_high, count, high_count)
+        undecided &= (low_count - high_count > 1) & (high - low != 1)
+        return low, high, low_count, high_count, undecided
+
+    return jax.lax.while_loop(pending, halve, (low, high, everything, jnp.zeros_like(everything), wanted))[0]
+
+
+def _count_and_mass(kept: jax.Array, mass: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Both sums over a row in one pass, which on a CPU is four times as fast as two."""
+    count, total = jax.lax.reduce(
+        (kept.astype(jnp.int32), jnp.where(kept, mass, 0.0)),
+        (jnp.int32(0), jnp.float32(0.0)),
+        lambda a, b: (a[0] + b[0], a[1] + b[1]),
+        (1,),
+    )
+    return count, total
+
+
+def _report(
+    logits: jax.Array, token_ids: jax.Array, num_top: int
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Log-probabilities of the raw logits: chosen, its rank, and the best ids with theirs."""
+    log_total = jax.nn.logsumexp(logits, axis=-1)
+    chosen = jnp.take_along_axis(logits, token_ids[:, None], axis=-1)
+    rank = 1 + jnp.sum(logits > chosen, axis=-1, dtype=jnp.int32)
+    top_logits, top_ids = jax.lax.top_k(logits, num_top)
+    return chosen[:, 0] - log_total, rank, top_ids.astype(jnp.int32), top_logits - log_total[:, None]
+
+
+def _empty_report(rows: int, num_top: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    return (
+        jnp.zeros(rows, jnp.float32),
+        jnp.zeros(rows, jnp.int32),
+        jnp.zeros((rows, num_top), jnp.int32),
+        jnp.zeros((rows, num_top), jnp.float32),
+    )

@@ -1,0 +1,93 @@
+"""Slot arrays: what the device remembers of every running request between steps.
+
+The host sends a whole row once, when a request takes a slot, and from then on only new pages. A sampled
+token is written where the next step reads its input, so it feeds that step without visiting the host.
+
+    slot s    tokens[s]      | prompt .......... | generated ... | next | unused ......|
+                             0            prompt_len          start + n
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxserve.core.plan import Admission
+from jaxserve.runner.sampler import SamplingState, sampling_rows
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, slots=True)
+class SlotState:
+    """Donated to, and returned by, every program.
+
+    Attributes:
+        tokens: int32 [slots, max_model_len + 1].
+        page_table: int32 [slots, max pages of a request].
+        sampling: arrays [slots, ...].
+    """
+
+    tokens: jax.Array
+    page_table: jax.Array
+    sampling: SamplingState
+
+
+def empty_slots(num_slots: int, max_model_len: int, page_size: int) -> SlotState:
+    """Host arrays of slots that nobody holds; `jax.device_put` them."""
+    return jax.tree.map(np.asarray, _rows([], num_slots, max_model_len, page_size)[1])
+
+
+def admission_rows(
+    admissions: list[Admission], count: int, *, num_slots: int, max_model_len: int, page_size: int
+) -> tuple[np.ndarray, SlotState]:
+    """Slot indexes int32 [count] and host rows of requests that take slots, padded to ``count``.
+
+    Padding has index ``num_slots``, which is out of range, so that writing it does nothing.
+    """
+    slots, rows = _rows(admissions, count, max_model_len, page_size)
+    index = np.full(count, num_slots, np.int32)
+    index[: len(slots)] = slots
+    return index, rows
+
+
+def write_rows(state: SlotState, index: jax.Array, rows: SlotState) -> SlotState:
+    """Puts whole rows into slots; jitted with ``state`` donated."""
+    return jax.tree.map(lambda old, new: old.at[index].set(new, mode="drop"), state, rows)
+
+
+def _rows(
+    admissions: list[Admission], count: int, max_model_len: int, page_size: int
+) -> tuple[list[int], SlotState]:
+    tokens = np.zeros((count, max_model_len + 1), np.int32)
+    page_table = np.zeros((count, -(-max_model_len // page_size)), np.int32)
+    for row, admission in enumerate(admissions):
+        tokens[row, : len(admission.token_ids)] = admission.token_ids
+        page_table[row, : len(admission.page_ids)] = admission.page_ids
+    sampling = sampling_rows(admissions, count)
+    return [admission.slot for admission in admissions], SlotState(tokens, page_table, sampling)  # type: ignore[arg-type]
+
+
+def take(state: jax.Array, index: jax.Array) -> jax.Array:
+    """Rows of a slot array; an index out of range (padding) reads zeros."""
+    return state.at[index].get(mode="fill", fill_value=0)
+
+
+def take_sampling(state: SamplingState, index: jax.Array) -> SamplingState:
+    """The sampling parameters of some slots."""
+    return jax.tree.map(lambda array: take(array, index), state)
+
+
+def update_pages(page_table: jax.Array, updates: jax.Array) -> jax.Array:
+    """Writes new pages; ``updates`` is int32 [3, n] of slot, index, page, with padding slots out of range."""
+    slot, index, page = updates
+    return page_table.at[slot, index].set(page, mode="drop")
+
+
+def write_sampled(
+    tokens: jax.Array, slot: jax.Array, position: jax.Array, ids: jax.Array, samples: jax.Array
+) -> jax.Array:
+    """Writes each sampled id where the next step of its slot reads it; rows that did not sample write nothing."""
+    return tokens.at[jnp.where(samples, slot, tokens.shape[0]), position].set(ids, mode="drop")

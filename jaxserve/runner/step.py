@@ -1,0 +1,99 @@
+"""The step: one function for every bucket, prefill and decode alike."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from jaxserve.core.plan import Bucket
+from jaxserve.models.config import AttentionOptions
+from jaxserve.models.decoder import Decoder
+from jaxserve.models.layers.attention import AttendFn
+from jaxserve.models.params import Params, bind
+from jaxserve.models.sharding import TENSOR_AXIS
+from jaxserve.pallas_kernels.ragged_paged_attention.api import (
+    AttentionMetadata,
+    Implementation,
+    ragged_paged_attention,
+)
+from jaxserve.pallas_kernels.ragged_paged_attention.metadata import token_places
+from jaxserve.runner.sampler import Sampled, sample
+from jaxserve.runner.slots import SlotState, take, take_sampling, update_pages, write_sampled
+
+Caches = tuple[jax.Array, ...]
+StepFn = Callable[[Params, Caches, SlotState, jax.Array, jax.Array], tuple[Caches, SlotState, Sampled]]
+
+
+def make_step(module: Decoder, bucket: Bucket, mesh: Mesh, implementation: Implementation) -> StepFn:
+    """The function that `Programs` compiles for a bucket; caches and slots are donated.
+
+    Its arguments: parameters, one KV cache a layer, slots, ``StepBatch.rows`` int32 [4, R] and
+    ``StepBatch.page_updates`` int32 [3, R]. It returns caches, slots, and what was sampled per row.
+    """
+
+    def step(
+        params: Params, caches: Caches, slots: SlotState, rows: jax.Array, page_updates: jax.Array
+    ) -> tuple[Caches, SlotState, Sampled]:
+        model = bind(module, params)
+        slot, start, num_tokens, samples = rows[0], rows[1], rows[2], rows[3] > 0
+        slots = dataclasses.replace(slots, page_table=update_pages(slots.page_table, page_updates))
+        end = start + num_tokens
+        ends = jnp.cumsum(num_tokens)
+        metadata = AttentionMetadata(
+            page_table=take(slots.page_table, slot),
+            kv_lens=end,
+            cu_q_lens=jnp.concatenate([jnp.zeros(1, jnp.int32), ends]),
+            max_q_len=1 if bucket.is_decode else bucket.tokens,
+        )
+        places = token_places(metadata, bucket.tokens, caches[0].shape)
+        positions = jnp.maximum(places.position, 0)
+        token_ids = slots.tokens.at[slot[places.row], positions].get(mode="fill", fill_value=0)
+        attend = _make_attend(metadata, mesh, implementation)
+        hidden, caches = model(token_ids, positions, caches, attend)
+        logits = model.logits(hidden[jnp.maximum(ends - 1, 0)])
+        sampled = sample(logits, take_sampling(slots.sampling, slot), take(slots.tokens, slot), end)
+        tokens = write_sampled(slots.tokens, slot, end, sampled.token_ids, samples)
+        # One array to read per step: a row whose logits were not finite reports a negative id.
+        sampled = sampled._replace(token_ids=jnp.where(sampled.finite, sampled.token_ids, -1))
+        return caches, dataclasses.replace(slots, tokens=tokens), sampled
+
+    return step
+
+
+def _make_attend(metadata: AttentionMetadata, mesh: Mesh, implementation: Implementation) -> AttendFn:
+    """Attention over the mesh: heads are independent, so each device attends with its own, and none talks."""
+    heads = PartitionSpec(None, TENSOR_AXIS, None)
+    pages = PartitionSpec(None, None, TENSOR_AXIS, None)
+
+    def attend(
+        q: jax.Array, k: jax.Array, v: jax.Array, kv_cache: jax.Array, options: AttentionOptions
+    ) -> tuple[jax.Array, jax.Array]:
+        def local(
+            q: jax.Array, k: jax.Array, v: jax.Array, kv_cache: jax.Array, metadata: AttentionMetadata
+        ) -> tuple[jax.Array, jax.Array]:
+            return ragged_paged_attention(
+                q,
+                k,
+                v,
+                kv_cache,
+                metadata,
+                scale=options.scale,
+                sliding_window=options.sliding_window,
+                soft_cap=options.soft_cap,
+                implementation=implementation,
+            )
+
+        sharded = jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(heads, heads, heads, pages, PartitionSpec()),
+            out_specs=(heads, pages),
+            check_vma=False,
+        )
+        return sharded(q, k, v, kv_cache, metadata)
+
+    return attend
