@@ -1,0 +1,88 @@
+"""Where `generate` and `chat` get their answers: an engine in this process, or a server."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from jaxserve.cli.arguments import CommandParser, add_engine_flags, add_sampling_flags, engine_options
+from jaxserve.config import EngineConfig
+from jaxserve.errors import ConfigError
+from jaxserve.outputs import RequestOutput
+from jaxserve.request import SamplingParams
+
+# `--seed` is the request's here; with it, the engine draws none.
+_NOT_HERE = frozenset({"seed"})
+
+
+class Backend(Protocol):
+    """What `jaxserve.LLM` and `jaxserve.Client` have in common."""
+
+    def stream(self, prompt: str, params: SamplingParams, /) -> Generator[RequestOutput]:
+        """Cumulative outputs for a text."""
+        ...
+
+    def stream_chat(
+        self, messages: Sequence[Mapping[str, Any]], params: SamplingParams, /
+    ) -> Generator[RequestOutput]:
+        """Cumulative outputs for a conversation."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+def add_backend_flags(parser: CommandParser) -> None:
+    """``--server``, the sampling flags, and the engine's."""
+    parser.add_argument(
+        "--server", metavar="HOST:PORT", help="ask this jaxserve server instead of loading a model"
+    )
+    add_sampling_flags(parser)
+    add_engine_flags(parser, without=_NOT_HERE)
+
+
+def open_backend(arguments: argparse.Namespace) -> Backend:
+    """The backend that a command line asks for; use it as a context manager.
+
+    Raises:
+        ConfigError: for an option that cannot work, or that only an engine in this process has.
+        ModelNotFoundError, CheckpointError: as `jaxserve.LLM`.
+    """
+    options = engine_options(arguments, without=_NOT_HERE)
+    if arguments.server is None:
+        EngineConfig.from_flat(options)  # a wrong value should not have to wait for the import of jax
+        from jaxserve.engine.llm import LLM
+
+        return LLM(**options)
+    model = options.pop("model", "")
+    if options:
+        flag = next(iter(options)).replace("_", "-")
+        raise ConfigError(f"--{flag} is an option of the engine: with --server, the server decides it")
+    from jaxserve.server.client import Client
+
+    return Client(arguments.server, model=model)
+
+
+def print_stream(outputs: Iterator[RequestOutput]) -> RequestOutput | None:
+    """Prints an answer as it comes, then a line break; returns the last output.
+
+    One completion is streamed; several are printed one after the other when all are finished.
+    """
+    shown, last = 0, None
+    for output in outputs:
+        last = output
+        if len(output.outputs) == 1:
+            text = output.outputs[0].text
+            print(text[shown:], end="", flush=True)
+            shown = len(text)
+    if last is not None and len(last.outputs) > 1:
+        for completion in last.outputs:
+            print(f"[{completion.index}] {completion.text.strip()}")
+    else:
+        print(flush=True)
+    return last

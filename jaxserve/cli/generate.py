@@ -1,0 +1,31 @@
+"""`jaxserve generate`: complete a prompt and stream the answer to stdout."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+
+from jaxserve.cli.arguments import command_parser, fail, sampling_params
+from jaxserve.cli.backend import add_backend_flags, open_backend, print_stream
+from jaxserve.request import FinishReason
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command; 1 if the engine could not finish the answer."""
+    parser = command_parser(
+        "generate",
+        "Complete a prompt, as it is: without the model's chat template.",
+        usage="jaxserve generate [PROMPT] [options]",
+    )
+    parser.add_argument(
+        "prompt", nargs="?", default="-", help="the text to go on from; - or nothing reads stdin"
+    )
+    add_backend_flags(parser)
+    arguments = parser.parse_args(argv)
+    params = sampling_params(arguments)
+    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    with open_backend(arguments) as backend, contextlib.closing(backend.stream(prompt, params)) as outputs:
+        last = print_stream(outputs)
+    if last is None or last.outputs[0].finish_reason is FinishReason.ERROR:
+        return fail(f"jaxserve generate: {last.outputs[0].error if last else 'no answer'}") - 1
+    return 0

@@ -1,0 +1,316 @@
+"""What `ecosystem` lists as hostile: each gets its status and its field, and the server goes on serving."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Callable
+from typing import Any, cast
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+
+from jaxserve.errors import CapacityError, EngineClosedError, ModelNotFoundError, ValidationError
+from jaxserve.request import SamplingParams
+from jaxserve.server.app import MAX_MESSAGE_BYTES
+from jaxserve.server.client import AsyncClient
+from jaxserve.server.protos.jaxserve.v1 import inference_pb2 as pb
+from jaxserve.server.protos.jaxserve.v1.inference_pb2_grpc import InferenceStub
+from tests.support.fake_engine import VOCAB_SIZE, FakeEngine
+
+INVALID = grpc.StatusCode.INVALID_ARGUMENT
+INT64_MAX, INT64_MIN = 2**63 - 1, -(2**63)
+type Change = Callable[[pb.GenerateRequest], Any]
+
+
+def setting(path: str, value: Any) -> Change:
+    """A change that sets (or extends, or updates) one field, given by its path."""
+    *groups, name = path.split(".")
+
+    def change(request: Any) -> None:
+        for group in groups:
+            request = getattr(request, group)
+        if isinstance(value, dict):
+            getattr(request, name).update(value)
+        elif isinstance(value, list):
+            getattr(request, name).extend(value)
+        else:
+            setattr(request, name, value)
+
+    return change
+
+
+BAD_SCALARS: dict[str, list[float]] = {
+    "sampling.temperature": [math.nan, math.inf, -math.inf, -1.0, 1e308],
+    "sampling.top_p": [0.0, -0.0, 1.1, math.nan, -1.0],
+    "sampling.top_k": [-5, 2**31, INT64_MAX],
+    "sampling.min_p": [-0.1, 1.5, math.nan],
+    "sampling.n": [0, -1, 10**9, INT64_MIN],
+    "sampling.seed": [-1, 2**32, INT64_MAX],
+    "decoding.repetition_penalty": [0.0, math.inf, math.nan, -1.0],
+    "decoding.presence_penalty": [math.inf, -math.inf, 2.5],
+    "decoding.frequency_penalty": [math.inf, math.nan, -2.5],
+    "stopping.max_tokens": [0, -1, INT64_MAX, 2**31],
+    "stopping.min_tokens": [-1, 17, INT64_MAX],
+    "response.logprobs": [-1, 10**6, 2**32],
+    "priority": [2**31, INT64_MIN],
+}
+BAD_COLLECTIONS: list[tuple[str, Any]] = [
+    ("decoding.logit_bias", {-1: 1.0}),
+    ("decoding.logit_bias", {VOCAB_SIZE: 1.0}),
+    ("decoding.logit_bias", {2**32: 1.0}),  # cut to 32 bits it would be a valid id
+    ("decoding.logit_bias", {3: math.nan}),
+    ("decoding.logit_bias", {3: 101.0}),
+    ("decoding.logit_bias", dict.fromkeys(range(100_000), 1.0)),
+    ("stopping.stop_token_ids", [-1]),
+    ("stopping.stop_token_ids", [VOCAB_SIZE]),
+    ("stopping.stop_token_ids", [2**32]),
+    ("stopping.stop_token_ids", [1] * 100_000),
+    ("stopping.stop", [""]),
+    ("stopping.stop", ["x"] * 10_000),
+    ("stopping.stop", ["x" * 2**20]),
+]
+BAD_PROMPTS: list[tuple[str, Change, str]] = [
+    ("no prompt", lambda request: request.ClearField("text"), "prompt"),
+    ("empty text", setting("text", ""), "text"),
+    ("no ids", lambda request: request.token_ids.SetInParent(), "token_ids.ids"),
+    ("id -1", setting("token_ids.ids", [1, -1]), "token_ids.ids"),
+    ("id V", setting("token_ids.ids", [1, VOCAB_SIZE]), "token_ids.ids"),
+    ("id 2**32", setting("token_ids.ids", [1, 2**32]), "token_ids.ids"),
+    ("context + 1 ids", setting("token_ids.ids", [1] * 4096), "token_ids.ids"),
+    ("a million ids", setting("token_ids.ids", [1] * 10**6), "token_ids.ids"),
+    ("no messages", lambda request: request.chat.SetInParent(), "chat.messages"),
+    ("unknown role", lambda request: request.chat.messages.add(role="wizard", content="x"), "chat.messages"),
+    ("request id with spaces", setting("request_id", "a b"), "request_id"),
+    ("request id of 129", setting("request_id", "a" * 129), "request_id"),
+    ("request id as a path", setting("request_id", "../../etc/passwd"), "request_id"),
+    (
+        "both limits",
+        lambda request: request.stopping.MergeFrom(pb.Stopping(max_tokens=3, unlimited=True)),
+        "stopping.max_tokens",
+    ),
+]
+CASES = [
+    *(
+        pytest.param(setting(path, value), path, id=f"{path}={value}")
+        for path, values in BAD_SCALARS.items()
+        for value in values
+    ),
+    *(
+        pytest.param(setting(path, value), path, id=f"{path}={str(value)[:20]}")
+        for path, value in BAD_COLLECTIONS
+    ),
+    *(pytest.param(change, field, id=name) for name, change, field in BAD_PROMPTS),
+]
+
+
+def details_of(
+    error: grpc.aio.AioRpcError,
+) -> tuple[list[str], error_details_pb2.ErrorInfo, error_details_pb2.RetryInfo]:
+    status = rpc_status.from_call(error)  # type: ignore[arg-type]
+    assert status is not None
+    bad, info, retry = (
+        error_details_pb2.BadRequest(),
+        error_details_pb2.ErrorInfo(),
+        error_details_pb2.RetryInfo(),
+    )
+    for detail in status.details:
+        for message in (bad, info, retry):
+            detail.Unpack(message)
+    return [violation.field for violation in bad.field_violations], info, retry
+
+
+@pytest.fixture
+async def stub(target: str):
+    async with grpc.aio.insecure_channel(target, options=[("grpc.max_send_message_length", -1)]) as channel:
+        stub = InferenceStub(channel)
+        yield stub
+        request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=[15]), stopping=pb.Stopping(max_tokens=2))
+        assert (await stub.Generate(request)).outputs[0].text == "pq", "the server must go on serving"
+
+
+@pytest.mark.parametrize(("change", "field"), CASES)
+async def test_bad_field_is_refused_by_name(stub, engine: FakeEngine, change: Change, field: str) -> None:
+    request = pb.GenerateRequest(text="x")
+    change(request)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.Generate(request)
+    assert caught.value.code() is INVALID, caught.value
+    fields, info, _ = details_of(caught.value)
+    assert fields == [field]
+    assert info.domain == "jaxserve"
+    assert info.reason in {"INVALID_FIELD", "CAPACITY"}
+    assert len(caught.value.details() or "") < 400
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        async for _ in stub.GenerateStream(request):
+            pytest.fail("a refused request must not answer")
+    assert (caught.value.code(), details_of(caught.value)[0]) == (INVALID, [field])
+    assert engine.params is None, "it must not have reached the engine's queue"
+
+
+async def test_the_client_raises_the_engines_own_error(client: AsyncClient) -> None:
+    with pytest.raises(
+        ValidationError, match=r"^prompt_token_ids=999: must be an integer in \[0, 255\]$"
+    ) as caught:
+        await client.generate([1, 999])
+    assert (caught.value.field, type(caught.value)) == ("prompt_token_ids", ValidationError)
+    with pytest.raises(
+        CapacityError, match=r"^prompt_token_ids='<5000 tokens>': must have at most 4095 tokens here$"
+    ):
+        await client.generate([1] * 5000)
+    with pytest.raises(ValidationError, match=r"^logit_bias=256"):
+        await client.generate([1], SamplingParams(logit_bias={256: 1.0}))
+    for prompt in ("\ud800", [2**70], [1.5], ["a"], {"prompt": "x", "prompt_token_ids": [1]}, {}):
+        with pytest.raises(ValidationError, match=r"^prompt="):
+            await client.generate(cast(Any, prompt))
+    for message in (
+        {"role": "user"} | {"content": None, "name": "x"},
+        {"role": 3},
+        {"template": "{% for %}"},
+    ):
+        with pytest.raises(ValidationError, match=r"^messages="):
+            await client.chat([message])
+
+
+async def test_capacity_other_than_the_prompts_is_a_precondition(
+    stub, client: AsyncClient, engine: FakeEngine
+) -> None:
+    engine.failure = CapacityError("max_tokens", 10, "the KV cache holds 8 tokens in all")
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.Generate(pb.GenerateRequest(text="x"))
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    with pytest.raises(CapacityError, match=r"^max_tokens=10: the KV cache"):
+        await client.generate("x")
+    engine.failure = None
+
+
+@pytest.mark.parametrize("model", ["other", "../fake", "fake ", "x" * 10_000])
+async def test_unknown_model(stub, client: AsyncClient, target: str, model: str) -> None:
+    calls = (
+        stub.Generate(pb.GenerateRequest(text="x", model=model)),
+        stub.Tokenize(pb.TokenizeRequest(text="x", model=model)),
+        stub.Detokenize(pb.DetokenizeRequest(token_ids=[1], model=model)),
+    )
+    for call in calls:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call
+        assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+    async with AsyncClient(target, model=model) as other:
+        with pytest.raises(ModelNotFoundError, match="this server has 'fake'"):
+            await other.generate("x")
+    assert (await stub.Generate(pb.GenerateRequest(text="x", model="fake"))).outputs
+
+
+@pytest.mark.parametrize(
+    ("method", "request_message", "field"),
+    [
+        ("Tokenize", pb.TokenizeRequest(), "prompt"),
+        ("Tokenize", pb.TokenizeRequest(text=""), "prompt"),
+        ("Tokenize", pb.TokenizeRequest(chat=pb.Chat()), "messages"),
+        ("Detokenize", pb.DetokenizeRequest(token_ids=[5, -1]), "token_ids"),
+        ("Detokenize", pb.DetokenizeRequest(token_ids=[VOCAB_SIZE]), "token_ids"),
+        ("Detokenize", pb.DetokenizeRequest(token_ids=[2**40]), "token_ids"),
+    ],
+)
+async def test_bad_tokenizer_calls(stub, method: str, request_message: Any, field: str) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await getattr(stub, method)(request_message)
+    assert (caught.value.code(), details_of(caught.value)[0]) == (INVALID, [field])
+
+
+GOOD = pb.GenerateRequest(text="hello", sampling=pb.Sampling(n=1)).SerializeToString()
+RAW = {
+    "garbage": b"\xff\xfe\x00garbage",
+    "truncated": GOOD[:-1],
+    "trailing bytes": GOOD + b"\x03",
+    "invalid UTF-8": b"\x1a\x04ab\xff\xfe",
+    "lone surrogate": b"\x1a\x03\xed\xa0\x80",
+    "wrong type": b"\x1a\x02\x08\x01" + b"\x32\x02\x0a\xff",
+    "nested 10,000 deep": b"\x2a\x7f" * 10_000,
+    "unknown field": GOOD + b"\x9a\x06\x01x",
+    "unknown nested field": b"\x1a\x01x\x32\x03\xf8\x07\x01",
+    "reserved field": GOOD + b"\x52\x00",
+}
+
+
+@pytest.mark.parametrize("method", ["Generate", "GenerateStream"])
+@pytest.mark.parametrize("data", RAW.values(), ids=RAW.keys())
+async def test_bytes_that_are_no_request(
+    stub, engine: FakeEngine, target: str, data: bytes, method: str
+) -> None:
+    async with grpc.aio.insecure_channel(target) as channel:
+        path = f"/jaxserve.v1.Inference/{method}"
+        call = (
+            channel.unary_unary(path)(data)
+            if method == "Generate"
+            else channel.unary_stream(path)(data).read()
+        )
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call
+    assert (caught.value.code(), details_of(caught.value)[0]) == (INVALID, ["request"])
+    assert engine.params is None
+
+
+async def test_unknown_fields_are_named(target: str) -> None:
+    async with grpc.aio.insecure_channel(target) as channel:
+        with pytest.raises(grpc.aio.AioRpcError, match=r"sampling.<field 127>"):
+            await channel.unary_unary("/jaxserve.v1.Inference/Generate")(RAW["unknown nested field"])
+
+
+@pytest.mark.parametrize(
+    "path", ["/jaxserve.v1.Inference/Nothing", "/jaxserve.v2.Inference/Generate", "//", "/x"]
+)
+async def test_wrong_method(stub, target: str, path: str) -> None:
+    async with grpc.aio.insecure_channel(target) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await channel.unary_unary(path)(GOOD)
+    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_oversized_message_and_metadata(stub, engine: FakeEngine) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.Generate(pb.GenerateRequest(text="x" * (MAX_MESSAGE_BYTES + 1)))
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.Generate(pb.GenerateRequest(text="x"), metadata=[("x-large", "x" * 2**20)])
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert engine.params is None
+
+
+async def test_our_own_bug_shows_an_id_and_nothing_else(stub, engine: FakeEngine, caplog) -> None:
+    engine.failure = RuntimeError("secret detail")
+    request = pb.GenerateRequest(text="x")
+    with caplog.at_level(logging.ERROR), pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.Generate(request)
+    assert caught.value.code() is grpc.StatusCode.INTERNAL
+    found = re.fullmatch(
+        r"internal error ([0-9a-f]{32}); the server's log has it", caught.value.details() or ""
+    )
+    assert found, caught.value.details()
+    assert "secret" not in repr(caught.value.trailing_metadata())
+    assert found[1] in caplog.text
+    assert "secret detail" in caplog.text
+    texts = []
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        async for message in stub.GenerateStream(request):
+            texts += [output.text for output in message.outputs]
+    assert (len(texts), caught.value.code()) == (1, grpc.StatusCode.INTERNAL)
+    assert not engine.live
+    engine.failure = None
+
+
+async def test_closed_engine_is_unavailable_with_a_hint(
+    target: str, client: AsyncClient, engine: FakeEngine
+) -> None:
+    await engine.drain(0)
+    async with grpc.aio.insecure_channel(target) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await InferenceStub(channel).Generate(pb.GenerateRequest(text="x"))
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    _, info, retry = details_of(caught.value)
+    assert (info.reason, retry.retry_delay.seconds) == ("ENGINE_CLOSED", 1)
+    with pytest.raises(EngineClosedError, match="draining"):
+        await client.generate("x")
