@@ -26,7 +26,9 @@ def _option(default: Any, description: str) -> Any:
 
 
 def _default_cache_dir() -> Path:
-    root = os.environ.get("JAXSERVE_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "jaxserve")
+    root = os.environ.get("JAXSERVE_CACHE") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or "~/.cache", "jaxserve"
+    )
     return Path(root).expanduser()
 
 
@@ -34,11 +36,15 @@ def _default_cache_dir() -> Path:
 class ModelConfig:
     """Which weights, in which precision."""
 
-    model: str = _option("smollm2-135m-instruct", "name in the catalogue, local folder, .gguf file, or hub name")
+    model: str = _option(
+        "smollm2-135m-instruct", "name in the catalogue, local folder, .gguf file, or hub name"
+    )
     tokenizer: str | None = _option(None, "folder or tokenizer.json to use instead of the model's own")
     revision: str | None = _option(None, "hub revision (branch, tag or commit) used for every file")
     dtype: DType = _option("auto", "precision of weights, activations and KV")
-    max_model_len: int | None = _option(None, "longest prompt + output in tokens; default: the model's own, as memory allows")
+    max_model_len: int | None = _option(
+        None, "longest prompt + output in tokens; default: the model's own, as memory allows"
+    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,19 +53,28 @@ class CacheConfig:
 
     page_size: int = _option(16, "tokens in a KV page; a power of two")
     num_pages: int | None = _option(None, "KV pages; default: as many as fit in memory_fraction")
-    memory_fraction: float = _option(0.9, "share of the device's memory that the engine may use (of free host memory on CPU: a third of it)")
-    watermark: float = _option(0.01, "share of the pages that admission leaves free for running requests to grow")
+    memory_fraction: float = _option(
+        0.9,
+        "share of the device's memory that the engine may use (of free host memory on CPU: a third of it)",
+    )
+    watermark: float = _option(
+        0.01, "share of the pages that admission leaves free for running requests to grow"
+    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
     """Who runs when."""
 
-    batching: Batching = _option("continuous", "iteration-level (continuous), fixed batches (static), or windows (dynamic)")
+    batching: Batching = _option(
+        "continuous", "iteration-level (continuous), fixed batches (static), or windows (dynamic)"
+    )
     ordering: Ordering = _option("fcfs", "order of the waiting queue")
     max_num_seqs: int | None = _option(None, "slots: requests that run at once")
     max_num_batched_tokens: int | None = _option(None, "token budget of one step; longer prompts are chunked")
-    pipeline_depth: int = _option(1, "steps launched before their predecessor's result is read; 0 is synchronous")
+    pipeline_depth: int = _option(
+        1, "steps launched before their predecessor's result is read; 0 is synchronous"
+    )
     batch_window_s: float = _option(0.05, "dynamic batching: seconds to wait for a batch to fill")
     max_queued_requests: int = _option(4096, "waiting requests beyond which new ones are refused")
 
@@ -76,7 +91,9 @@ class RunnerConfig:
     """How steps are compiled and run."""
 
     device: Device = _option("auto", "platform to run on")
-    attention: Attention = _option("auto", "attention implementation; a name that cannot serve the model is an error")
+    attention: Attention = _option(
+        "auto", "attention implementation; a name that cannot serve the model is an error"
+    )
     token_buckets: tuple[int, ...] | None = _option(None, "token counts compiled for steps with prefill")
     row_buckets: tuple[int, ...] | None = _option(None, "row counts compiled for pure decode steps")
     compile_cache: bool = _option(True, "keep compiled programs in the cache folder for the next start")
@@ -93,7 +110,8 @@ class EngineConfig:
     runner: RunnerConfig = dataclasses.field(default_factory=RunnerConfig)
     seed: int = _option(0, "seed of the seeds drawn for requests that bring none")
     cache_dir: Path = dataclasses.field(
-        default_factory=_default_cache_dir, metadata={"help": "folder for models and compiled programs (JAXSERVE_CACHE)"}
+        default_factory=_default_cache_dir,
+        metadata={"help": "folder for models and compiled programs (JAXSERVE_CACHE)"},
     )
 
     def __post_init__(self) -> None:
@@ -106,7 +124,9 @@ class EngineConfig:
         Raises:
             ConfigError: for a name that no section has.
         """
-        sections = {field.name: field.default_factory for field in dataclasses.fields(cls) if field.name in SECTIONS}
+        sections = {
+            field.name: field.default_factory for field in dataclasses.fields(cls) if field.name in SECTIONS
+        }
         values: dict[str, Any] = {}
         rest = dict(options)
         for name, section in sections.items():
@@ -140,15 +160,31 @@ def flat_fields() -> list[tuple[str, dataclasses.Field[Any]]]:
 
 def check(config: EngineConfig) -> None:
     """Raises ConfigError for the first value that cannot work on any platform."""
-    model, cache, scheduler, parallel, runner = config.model, config.cache, config.scheduler, config.parallel, config.runner
+    model, cache, scheduler, parallel, runner = (
+        config.model,
+        config.cache,
+        config.scheduler,
+        config.parallel,
+        config.runner,
+    )
     _require_choice("dtype", model.dtype, get_args(DType))
     _require_choice("batching", scheduler.batching, get_args(Batching))
     _require_choice("ordering", scheduler.ordering, get_args(Ordering))
     _require_choice("attention", runner.attention, get_args(Attention))
     _require_choice("device", runner.device, get_args(Device))
-    _require(isinstance(model.model, str) and bool(model.model), "model", model.model, "must be a non-empty name or path")
+    _require(
+        isinstance(model.model, str) and bool(model.model),
+        "model",
+        model.model,
+        "must be a non-empty name or path",
+    )
     size = cache.page_size
-    _require(_is_int(size) and 1 <= size <= 1024 and size & (size - 1) == 0, "page_size", size, "must be a power of two up to 1024")
+    _require(
+        _is_int(size) and 1 <= size <= 1024 and size & (size - 1) == 0,
+        "page_size",
+        size,
+        "must be a power of two up to 1024",
+    )
     for name, value in (
         ("max_model_len", model.max_model_len),
         ("num_pages", cache.num_pages),
@@ -157,13 +193,31 @@ def check(config: EngineConfig) -> None:
         ("max_queued_requests", scheduler.max_queued_requests),
         ("tensor_parallel_size", parallel.tensor_parallel_size),
     ):
-        _require(value is None or (_is_int(value) and 1 <= value < 2**31), name, value, "must be a positive integer")
-    _require(0.0 < cache.memory_fraction <= 1.0, "memory_fraction", cache.memory_fraction, "must be in (0, 1]")
+        _require(
+            value is None or (_is_int(value) and 1 <= value < 2**31),
+            name,
+            value,
+            "must be a positive integer",
+        )
+    _require(
+        0.0 < cache.memory_fraction <= 1.0, "memory_fraction", cache.memory_fraction, "must be in (0, 1]"
+    )
     _require(0.0 <= cache.watermark < 1.0, "watermark", cache.watermark, "must be in [0, 1)")
-    _require(scheduler.pipeline_depth in (0, 1, 2), "pipeline_depth", scheduler.pipeline_depth, "must be 0, 1 or 2")
-    _require(0.0 <= scheduler.batch_window_s <= 3600.0, "batch_window_s", scheduler.batch_window_s, "must be in [0, 3600]")
+    _require(
+        scheduler.pipeline_depth in (0, 1, 2), "pipeline_depth", scheduler.pipeline_depth, "must be 0, 1 or 2"
+    )
+    _require(
+        0.0 <= scheduler.batch_window_s <= 3600.0,
+        "batch_window_s",
+        scheduler.batch_window_s,
+        "must be in [0, 3600]",
+    )
     for name, ladder in (("token_buckets", runner.token_buckets), ("row_buckets", runner.row_buckets)):
-        good = ladder is None or (len(ladder) > 0 and all(_is_int(n) and n >= 1 for n in ladder) and list(ladder) == sorted(set(ladder)))
+        good = ladder is None or (
+            len(ladder) > 0
+            and all(_is_int(n) and n >= 1 for n in ladder)
+            and list(ladder) == sorted(set(ladder))
+        )
         _require(good, name, ladder, "must be a strictly increasing list of positive integers")
 
 

@@ -79,11 +79,16 @@ class RequestOutput:
     metrics: RequestMetrics
 
     def __repr__(self) -> str:
-        texts = ", ".join(f"{o.text[:60]!r} ({len(o.token_ids)} tokens, {o.finish_reason})" for o in self.outputs)
+        texts = ", ".join(
+            f"{o.text[:60]!r} ({len(o.token_ids)} tokens, {o.finish_reason})" for o in self.outputs
+        )
         return f"RequestOutput({self.request_id}: {texts})"
 
     def _repr_markdown_(self) -> str:
         """Rich display in notebooks."""
         lines = [f"**prompt** {(self.prompt or '').strip()}"]
-        lines += [f"**[{o.index}]** {o.text.strip()} *({len(o.token_ids)} tokens, {o.finish_reason})*" for o in self.outputs]
+        lines += [
+            f"**[{o.index}]** {o.text.strip()} *({len(o.token_ids)} tokens, {o.finish_reason})*"
+            for o in self.outputs
+        ]
         return "\n\n".join(lines)

@@ -58,7 +58,9 @@ def check_sampling_params(params: SamplingParams) -> None:
         raise ValidationError("top_p", params.top_p, "must be in (0, 1]")
     _check_int("top_k", params.top_k, -1, MAX_TOKENS)
     _check_float("min_p", params.min_p, 0.0, 1.0)
-    _check_float("repetition_penalty", params.repetition_penalty, MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY)
+    _check_float(
+        "repetition_penalty", params.repetition_penalty, MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY
+    )
     _check_float("presence_penalty", params.presence_penalty, -MAX_PENALTY, MAX_PENALTY)
     _check_float("frequency_penalty", params.frequency_penalty, -MAX_PENALTY, MAX_PENALTY)
     if params.seed is not None:
@@ -69,7 +71,9 @@ def check_sampling_params(params: SamplingParams) -> None:
         _check_int("max_tokens", params.max_tokens, 1, MAX_TOKENS)
     _check_int("min_tokens", params.min_tokens, 0, MAX_TOKENS)
     if params.max_tokens is not None and params.min_tokens > params.max_tokens:
-        raise ValidationError("min_tokens", params.min_tokens, f"must not exceed max_tokens={params.max_tokens}")
+        raise ValidationError(
+            "min_tokens", params.min_tokens, f"must not exceed max_tokens={params.max_tokens}"
+        )
     _check_logit_bias(params.logit_bias)
     _check_stop_strings(params.stop)
     _check_sequence("stop_token_ids", params.stop_token_ids, MAX_STOP_TOKEN_IDS)
@@ -87,15 +91,21 @@ def check_request_id(request_id: object) -> str:
 def check_prompt_text(text: object) -> str:
     """Returns the text if it can be tokenised. Raises ValidationError."""
     if not isinstance(text, str):
-        raise ValidationError("prompt", text, "must be a string, a list of token ids or {'prompt_token_ids': [...]}")
+        raise ValidationError(
+            "prompt", text, "must be a string, a list of token ids or {'prompt_token_ids': [...]}"
+        )
     if not text:
         raise ValidationError("prompt", text, "must not be empty")
     if len(text) > MAX_PROMPT_CHARS:
-        raise ValidationError("prompt", f"<{len(text)} characters>", f"must have at most {MAX_PROMPT_CHARS} characters")
+        raise ValidationError(
+            "prompt", f"<{len(text)} characters>", f"must have at most {MAX_PROMPT_CHARS} characters"
+        )
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValidationError("prompt", text, f"must be valid Unicode without lone surrogates ({error.reason})") from None
+        raise ValidationError(
+            "prompt", text, f"must be valid Unicode without lone surrogates ({error.reason})"
+        ) from None
     return text
 
 
@@ -105,7 +115,9 @@ def check_prompt_token_ids(token_ids: Sequence[int], limits: RequestLimits) -> N
         raise ValidationError("prompt_token_ids", [], "must hold at least one token")
     longest = min(limits.max_model_len, limits.num_cache_tokens) - 1
     if len(token_ids) > longest:
-        raise CapacityError("prompt_token_ids", f"<{len(token_ids)} tokens>", f"must have at most {longest} tokens here")
+        raise CapacityError(
+            "prompt_token_ids", f"<{len(token_ids)} tokens>", f"must have at most {longest} tokens here"
+        )
     for token_id in token_ids:
         _check_int("prompt_token_ids", token_id, 0, limits.vocab_size - 1)
 
@@ -136,7 +148,12 @@ def _check_int(field: str, value: object, low: int, high: int) -> None:
 
 
 def _check_float(field: str, value: object, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or not low <= value <= high:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not math.isfinite(value)
+        or not low <= value <= high
+    ):
         raise ValidationError(field, value, f"must be a finite number in [{low:g}, {high:g}]")
 
 
@@ -162,7 +179,9 @@ def _check_logit_bias(bias: object) -> None:
     if not isinstance(bias, Mapping):
         raise ValidationError("logit_bias", bias, "must map token ids to numbers")
     if len(bias) > MAX_LOGIT_BIAS_ENTRIES:
-        raise ValidationError("logit_bias", f"<{len(bias)} entries>", f"must have at most {MAX_LOGIT_BIAS_ENTRIES} entries")
+        raise ValidationError(
+            "logit_bias", f"<{len(bias)} entries>", f"must have at most {MAX_LOGIT_BIAS_ENTRIES} entries"
+        )
     for token_id, value in bias.items():
         _check_int("logit_bias", token_id, 0, MAX_TOKENS)
         _check_float("logit_bias", value, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)

@@ -40,7 +40,9 @@ class PagePool:
     def allocate(self, count: int) -> list[int]:
         """Takes ``count`` free pages, each with one reference. The caller has checked ``num_free``."""
         if count > len(self._free):
-            raise RuntimeError(f"allocate({count}) with {len(self._free)} free pages: the caller must check first")
+            raise RuntimeError(
+                f"allocate({count}) with {len(self._free)} free pages: the caller must check first"
+            )
         if count == 0:
             return []
         pages = self._free[-count:][::-1]

@@ -31,8 +31,14 @@ class MeanLengthPredictor:
         self._mean: float | None = None
 
     def predict(self, request: Request) -> float:
-        return float(request.max_tokens) if self._mean is None else min(max(self._mean, 1.0), float(request.max_tokens))
+        return (
+            float(request.max_tokens)
+            if self._mean is None
+            else min(max(self._mean, 1.0), float(request.max_tokens))
+        )
 
     def observe(self, request: Request) -> None:
         length = len(request.output_token_ids)
-        self._mean = float(length) if self._mean is None else self._mean + self._weight * (length - self._mean)
+        self._mean = (
+            float(length) if self._mean is None else self._mean + self._weight * (length - self._mean)
+        )

@@ -102,7 +102,13 @@ class Scheduler:
         return self._live.get(request_id)
 
     def end(
-        self, request: Request, reason: FinishReason, now: float, *, stop_reason: str | None = None, error: str | None = None
+        self,
+        request: Request,
+        reason: FinishReason,
+        now: float,
+        *,
+        stop_reason: str | None = None,
+        error: str | None = None,
     ) -> None:
         """Ends a live request from outside (abort, stop string, deadline, error); its pages are free at once.
 
@@ -162,7 +168,9 @@ class Scheduler:
         plan = StepPlan(
             step=self._step,
             rows=tuple(draft.rows),
-            bucket=self._ladder.choose(num_tokens, num_rows + len(self._held), is_decode=num_tokens == num_rows),
+            bucket=self._ladder.choose(
+                num_tokens, num_rows + len(self._held), is_decode=num_tokens == num_rows
+            ),
             admissions=tuple(draft.admissions),
             page_updates=tuple(draft.page_updates),
             preempted_ids=tuple(draft.preempted_ids),
@@ -197,7 +205,9 @@ class Scheduler:
             elif remaining > 1:
                 prefills.append(request)
         for request in prefills:
-            chunk = self._policies.composition.chunk(request.num_tokens - request.num_computed_tokens, draft.budget)
+            chunk = self._policies.composition.chunk(
+                request.num_tokens - request.num_computed_tokens, draft.budget
+            )
             if chunk == 0:
                 break
             draft.plan_row(request, chunk)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from types import TracebackType
 from typing import Any, Self
 
@@ -115,7 +115,7 @@ class AsyncLLM:
         request_id: str | None = None,
         priority: int = 0,
         timeout_s: float | None = None,
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput]:
         """Completes one prompt, yielding everything generated so far; the last output has ``finished`` set.
 
         Closing the iterator (``aclose``, leaving the loop, cancelling the task) aborts the request.
@@ -145,7 +145,7 @@ class AsyncLLM:
         request_id: str | None = None,
         priority: int = 0,
         timeout_s: float | None = None,
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput]:
         """Answers one conversation, through the model's chat template; otherwise as `generate`."""
         params = sampling_params or SamplingParams(max_tokens=None)
         return self._stream(
@@ -178,7 +178,7 @@ class AsyncLLM:
     ) -> None:
         await self.close()
 
-    async def _stream(self, make_group: Callable[[], RequestGroup]) -> AsyncIterator[RequestOutput]:
+    async def _stream(self, make_group: Callable[[], RequestGroup]) -> AsyncGenerator[RequestOutput]:
         # Tokenising a long prompt, or a hostile template, must not stall the other streams.
         group = await asyncio.to_thread(make_group)
         loop = asyncio.get_running_loop()

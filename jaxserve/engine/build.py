@@ -6,15 +6,19 @@ import logging
 import random
 import time
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
 from jaxserve import validation
 from jaxserve.config import EngineConfig
+from jaxserve.core.batch import Executor, StepBatch
 from jaxserve.core.kv_cache_manager import KVCacheManager
 from jaxserve.core.page_pool import PagePool
+from jaxserve.core.plan import StepPlan
 from jaxserve.core.policy import make_policies
 from jaxserve.core.predictor import MeanLengthPredictor
 from jaxserve.core.scheduler import Scheduler
@@ -25,9 +29,10 @@ from jaxserve.loading.source import open_checkpoint, resolve_model
 from jaxserve.loading.tokenizer import Tokenizer, load_tokenizer
 from jaxserve.loading.weights import load_params
 from jaxserve.models.decoder import Decoder
+from jaxserve.models.params import Params
 from jaxserve.models.registry import find_family
 from jaxserve.models.sharding import ShardingRules, check_divisible, make_mesh
-from jaxserve.platforms import select_platform
+from jaxserve.platforms import Platform, select_platform
 from jaxserve.runner.model_runner import ModelRunner, admission_sizes
 from jaxserve.runner.programs import count_programs
 from jaxserve.runner.resolve import ResolvedConfig, resolve, resolve_dtype
@@ -84,12 +89,31 @@ class Engine:
         on_close()
 
 
+class LoadedModel(NamedTuple):
+    """A model's weights on the device, and what came with them; any number of runners can share it."""
+
+    name: str
+    platform: Platform
+    mesh: Mesh
+    module: Decoder
+    params: Params
+    tokenizer: Tokenizer
+
+
 def build_engine(config: EngineConfig, *, progress: bool = True) -> Engine:
     """Loads, compiles and starts; returns when the first request can be served.
 
     Raises:
         ConfigError, ModelNotFoundError, CheckpointError: before anything was started.
     """
+    model = load_model(config, progress=progress)
+    resolved, runner = make_runner(config, model, progress=progress)
+    core = make_core(config, resolved, runner, runner.prepare)
+    return make_engine(config, model, resolved, runner, core, on_close=runner.close)
+
+
+def load_model(config: EngineConfig, *, progress: bool = True) -> LoadedModel:
+    """Finds a model and puts its weights on the device. Raises as `build_engine`."""
     platform = select_platform(config.runner.device)
     if config.runner.compile_cache:
         _use_compile_cache(config)
@@ -101,37 +125,42 @@ def build_engine(config: EngineConfig, *, progress: bool = True) -> Engine:
     mesh = make_mesh(config.parallel.tensor_parallel_size, jax.devices(platform.name))
     rules = ShardingRules()
     check_divisible(model_config, mesh, rules)
-    dtype = resolve_dtype(config, platform)
-    module = Decoder(model_config, dtype)
+    module = Decoder(model_config, resolve_dtype(config, platform))
     params = load_params(checkpoint, module, family.weight_map(model_config), mesh, rules, progress=progress)
-    resolved = resolve(config, platform, model_config, mesh)
+    # A path is nobody's business on the other end of a wire.
+    name = source.path.name if Path(source.name).expanduser().exists() else source.name
+    return LoadedModel(name, platform, mesh, module, params, tokenizer)
+
+
+def make_runner(
+    config: EngineConfig, model: LoadedModel, *, progress: bool = True
+) -> tuple[ResolvedConfig, ModelRunner]:
+    """Sizes an engine for its device, allocates slots and pages, compiles everything. Raises ConfigError."""
+    resolved = resolve(config, model.platform, model.module.config, model.mesh)
     num_programs = count_programs(resolved.ladder.all(), admission_sizes(resolved.num_slots))
     with tqdm(total=num_programs, desc="compiling", unit="program", disable=not progress) as bar:
         runner = ModelRunner(
-            module,
-            params,
-            mesh,
+            model.module,
+            model.params,
+            model.mesh,
             resolved,
             config.runner.attention,
-            run_each_once=platform.slow_first_run,
-            on_compiled=lambda: bar.update() and None,
+            run_each_once=model.platform.slow_first_run,
+            on_compiled=bar.update,
         )
-    core = make_core(config, resolved, runner)
-    limits = validation.RequestLimits(
-        model_config.vocab_size, resolved.max_model_len, resolved.num_cache_tokens
-    )
-    return Engine(
-        name=source.name,
-        loop=EngineLoop(core, tokenizer, config.scheduler.max_queued_requests + resolved.num_slots),
-        inputs=InputProcessor(tokenizer, limits, time.monotonic, random.Random(config.seed)),
-        description=_describe(source.name, platform.name, mesh.size, resolved),
-        on_close=runner.close,
-        count_compiles=lambda: runner.compiles_after_warmup,
-    )
+    return resolved, runner
 
 
-def make_core(config: EngineConfig, resolved: ResolvedConfig, runner: ModelRunner) -> EngineCore[Any]:
-    """The step loop's parts, wired for production: the wall clock and a real executor."""
+def make_core[Handle](
+    config: EngineConfig,
+    resolved: ResolvedConfig,
+    executor: Executor[Handle],
+    prepare: Callable[[StepPlan], StepBatch],
+) -> EngineCore[Handle]:
+    """The step loop's parts, wired for production: the wall clock and a real executor.
+
+    A runner whose core has come to rest (nothing alive, nothing in flight) can be given to another core.
+    """
     scheduler = Scheduler(
         policies=make_policies(config.scheduler, resolved.num_slots),
         kv=KVCacheManager(PagePool(resolved.num_pages), resolved.layout.page_size),
@@ -142,11 +171,38 @@ def make_core(config: EngineConfig, resolved: ResolvedConfig, runner: ModelRunne
     )
     return EngineCore(
         scheduler=scheduler,
-        executor=runner,
-        prepare=runner.prepare,
+        executor=executor,
+        prepare=prepare,
         predictor=MeanLengthPredictor(),
         clock=time.monotonic,
         pipeline_depth=config.scheduler.pipeline_depth,
+    )
+
+
+def make_engine(
+    config: EngineConfig,
+    model: LoadedModel,
+    resolved: ResolvedConfig,
+    runner: ModelRunner,
+    core: EngineCore[Any],
+    *,
+    on_close: Callable[[], None] = lambda: None,
+) -> Engine:
+    """Starts the thread of a core, with everything that requests pass through on their way to it.
+
+    Args:
+        on_close: called when the engine is closed; ``runner.close`` if the runner is the engine's own.
+    """
+    limits = validation.RequestLimits(
+        model.module.config.vocab_size, resolved.max_model_len, resolved.num_cache_tokens
+    )
+    return Engine(
+        name=model.name,
+        loop=EngineLoop(core, model.tokenizer, config.scheduler.max_queued_requests + resolved.num_slots),
+        inputs=InputProcessor(model.tokenizer, limits, time.monotonic, random.Random(config.seed)),
+        description=_describe(model.name, model.platform.name, model.mesh.size, resolved),
+        on_close=on_close,
+        count_compiles=lambda: runner.compiles_after_warmup,
     )
 
 

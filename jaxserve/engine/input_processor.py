@@ -7,7 +7,7 @@ import itertools
 import operator
 import random
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from jaxserve import validation
 from jaxserve.errors import ValidationError
@@ -69,8 +69,9 @@ class InputProcessor:
             return text, self.tokenizer.encode(text)
         if isinstance(prompt, bytes) or not hasattr(prompt, "__len__") or not hasattr(prompt, "__getitem__"):
             raise ValidationError("prompt", prompt, _PROMPT_FORMS)
-        validation.check_prompt_token_ids(prompt, self.limits)
-        return None, [operator.index(token_id) for token_id in prompt]
+        token_ids = cast(Sequence[int], prompt)
+        validation.check_prompt_token_ids(token_ids, self.limits)
+        return None, [operator.index(token_id) for token_id in token_ids]
 
     def _group(
         self,

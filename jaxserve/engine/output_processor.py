@@ -69,7 +69,7 @@ class _Completion:
         if output.finish_reason is not None:
             return output
         logprobs = None if output.logprobs is None else list(output.logprobs)
-        text = self.text[: len(self.text) - self._held_back()]
+        text = self.text[: len(self.text) - self._held_back()] if self._stops else self.text
         return CompletionOutput(output.index, text, list(output.token_ids), logprobs)
 
     def _held_back(self) -> int:
@@ -94,34 +94,43 @@ class _Completion:
 class _Group:
     """One prompt's completions."""
 
-    __slots__ = ("completions", "group", "num_open", "streams")
+    __slots__ = ("_metrics", "completions", "group", "num_open", "streams")
 
     def __init__(self, group: RequestGroup, streams: bool, tokenizer: Tokenizer) -> None:
         self.group = group
         self.streams = streams
         self.completions = [_Completion(request, i, tokenizer) for i, request in enumerate(group.requests)]
         self.num_open = len(self.completions)
+        self._metrics: RequestMetrics | None = None
 
     def output(self) -> RequestOutput:
-        requests = self.group.requests
-        first = [r.first_token_time for r in requests if r.first_token_time is not None]
-        done = self.num_open == 0
+        group = self.group
         return RequestOutput(
-            request_id=self.group.id,
-            prompt=self.group.prompt,
-            prompt_token_ids=self.group.prompt_token_ids,
+            request_id=group.id,
+            prompt=group.prompt,
+            prompt_token_ids=group.prompt_token_ids,
             outputs=[completion.snapshot() for completion in self.completions],
-            finished=done,
-            metrics=RequestMetrics(
-                arrival_time=requests[0].arrival_time,
-                first_scheduled_time=requests[0].first_scheduled_time,
-                first_token_time=min(first) if first else None,
-                finish_time=max((r.finish_time for r in requests if r.finish_time is not None), default=None)
-                if done
-                else None,
-                num_preemptions=sum(r.num_preemptions for r in requests),
-            ),
+            finished=self.num_open == 0,
+            metrics=self._current_metrics(),
         )
+
+    def _current_metrics(self) -> RequestMetrics:
+        """Made anew only when something in it changed: most steps of a stream only add a token."""
+        requests, metrics, is_done = self.group.requests, self._metrics, self.num_open == 0
+        num_preemptions = sum([request.num_preemptions for request in requests])
+        if metrics is not None and not is_done and metrics.num_preemptions == num_preemptions:
+            return metrics
+        first = [r.first_token_time for r in requests if r.first_token_time is not None]
+        last = [r.finish_time for r in requests if r.finish_time is not None]
+        metrics = RequestMetrics(
+            arrival_time=requests[0].arrival_time,
+            first_scheduled_time=requests[0].first_scheduled_time,
+            first_token_time=min(first, default=None),
+            finish_time=max(last, default=None) if is_done else None,
+            num_preemptions=num_preemptions,
+        )
+        self._metrics = metrics if first else None
+        return metrics
 
 
 class OutputProcessor:

@@ -53,7 +53,7 @@ class ModelRunner:
         implementation: Implementation,
         *,
         run_each_once: bool,
-        on_compiled: Callable[[], None] = lambda: None,
+        on_compiled: Callable[[], object] = lambda: None,
     ) -> None:
         self._params = params
         self._resolved = resolved

@@ -40,7 +40,7 @@ class Programs:
         params: Params,
         caches: Caches,
         slots: SlotState,
-        on_compiled: Callable[[], None],
+        on_compiled: Callable[[], object],
     ) -> None:
         replicated = NamedSharding(mesh, PartitionSpec())
         jobs: dict[Bucket | int, Callable[[], jax.stages.Lowered]] = {}
@@ -82,7 +82,7 @@ def _job(function: Any, *args: Any) -> Callable[[], jax.stages.Lowered]:
 
 
 def _compile_all(
-    jobs: dict[Bucket | int, Callable[[], jax.stages.Lowered]], on_compiled: Callable[[], None]
+    jobs: dict[Bucket | int, Callable[[], jax.stages.Lowered]], on_compiled: Callable[[], object]
 ) -> dict[Bucket | int, Compiled]:
     """Traces one after the other (Python), compiles side by side (XLA releases the interpreter)."""
 

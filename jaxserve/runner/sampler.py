@@ -3,16 +3,16 @@
 The order of operations is vLLM's: log-probabilities come from the raw logits; then penalties, logit bias and
 masked end tokens; then either the best token, or temperature, min-p, top-k, top-p and a draw.
 
-Nothing sorts the vocabulary: what top-k and top-p keep is "every logit from some value up", and that value is
-found by bisection. What is drawn for a row depends on its logits, its seed and its position only, so it is the
-same in any batch, bucket or slot, and after a preemption. What no row asks for is not computed.
+Nothing sorts the vocabulary: what top-k and top-p keep is "every logit from some value up", and that value
+is found by bisection. What is drawn for a row depends on its logits, its seed and its position only, so it is
+the same in any batch, bucket or slot, and after a preemption. What no row asks for is not computed.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ MAX_STOP_IDS = MAX_STOP_TOKEN_IDS + 16
 
 _LOWEST_KEY = -(2**31)
 _HIGHEST_KEY = 2**31 - 1
+_ARGMAX_BLOCK = 128
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 
@@ -79,7 +80,7 @@ class Sampled(NamedTuple):
         rank: int32 [R]; 1 plus the number of tokens with a higher logit.
         top_ids: int32 [R, min(20, V)], best first.
         top_logprobs: float32 [R, min(20, V)].
-        finite: bool [R]; False if the row's logits hold a NaN or no finite maximum. Its token is then 0.
+        finite: bool [R]; False if the row's logits hold a NaN or an infinity. Its token is then 0.
     """
 
     token_ids: jax.Array
@@ -115,23 +116,23 @@ def sampling_rows(admissions: Sequence[Admission], count: int) -> SamplingState:
         bias = admission.params.logit_bias or {}
         bias_ids[row, : len(bias)] = list(bias.keys())
         bias_values[row, : len(bias)] = list(bias.values())
-    rows = SamplingState(
-        temperature=column([p.temperature for p in params], 0.0, np.float32),
-        top_k=column([max(p.top_k, 0) for p in params], 0, np.int32),
-        top_p=column([p.top_p for p in params], 1.0, np.float32),
-        min_p=column([p.min_p for p in params], 0.0, np.float32),
-        repetition_penalty=column([p.repetition_penalty for p in params], 1.0, np.float32),
-        presence_penalty=column([p.presence_penalty for p in params], 0.0, np.float32),
-        frequency_penalty=column([p.frequency_penalty for p in params], 0.0, np.float32),
-        seed=column([admission.seed for admission in admissions], 0, np.uint32),
-        logprobs=column([-1 if p.logprobs is None else p.logprobs for p in params], -1, np.int32),
-        min_tokens=column([p.min_tokens for p in params], 0, np.int32),
-        stop_ids=stop_ids,
-        bias_ids=bias_ids,
-        bias_values=bias_values,
-        prompt_len=column([admission.num_prompt_tokens for admission in admissions], 0, np.int32),
-    )  # type: ignore[arg-type]
-    return rows
+    columns: dict[str, Any] = {
+        "temperature": column([p.temperature for p in params], 0.0, np.float32),
+        "top_k": column([max(p.top_k, 0) for p in params], 0, np.int32),
+        "top_p": column([p.top_p for p in params], 1.0, np.float32),
+        "min_p": column([p.min_p for p in params], 0.0, np.float32),
+        "repetition_penalty": column([p.repetition_penalty for p in params], 1.0, np.float32),
+        "presence_penalty": column([p.presence_penalty for p in params], 0.0, np.float32),
+        "frequency_penalty": column([p.frequency_penalty for p in params], 0.0, np.float32),
+        "seed": column([admission.seed for admission in admissions], 0, np.uint32),
+        "logprobs": column([-1 if p.logprobs is None else p.logprobs for p in params], -1, np.int32),
+        "min_tokens": column([p.min_tokens for p in params], 0, np.int32),
+        "stop_ids": stop_ids,
+        "bias_ids": bias_ids,
+        "bias_values": bias_values,
+        "prompt_len": column([admission.num_prompt_tokens for admission in admissions], 0, np.int32),
+    }
+    return SamplingState(**columns)
 
 
 def sample(logits: jax.Array, state: SamplingState, tokens: jax.Array, num_tokens: jax.Array) -> Sampled:
@@ -145,33 +146,39 @@ def sample(logits: jax.Array, state: SamplingState, tokens: jax.Array, num_token
             here. A row with 0 is padding: it gets a token, which means nothing.
     """
     active = num_tokens > 0
-    best = jnp.max(logits, axis=-1)
-    finite = jnp.isfinite(best)  # a maximum carries NaN along
+    # Looked for on its own: XLA's maximum drops NaN on a CPU (jax 0.11.2).
+    finite = jnp.all(jnp.isfinite(logits), axis=-1)
     draws = active & (state.temperature > 0.0)
     edits = active & _edits_logits(state, num_tokens)
 
     def choose() -> jax.Array:
         edited = _edit_logits(logits, state, tokens, num_tokens, edits)
-        greedy = _argmax(edited, jnp.max(edited, axis=-1))
+        greedy = _argmax(edited)
         drawn = jax.lax.cond(jnp.any(draws), lambda: _draw(edited, state, num_tokens, draws), lambda: greedy)
         return jnp.where(draws, drawn, greedy)
 
-    token_ids = jax.lax.cond(jnp.any(draws | edits), choose, lambda: _argmax(logits, best))
+    token_ids = jax.lax.cond(jnp.any(draws | edits), choose, lambda: _argmax(logits))
     token_ids = jnp.where(finite, token_ids, 0)
     num_top = min(MAX_LOGPROBS, logits.shape[1])
-    report = jax.lax.cond(
+    chosen_logprob, rank, top_ids, top_logprobs = jax.lax.cond(
         jnp.any(active & (state.logprobs >= 0)),
         lambda: _report(logits, token_ids, num_top),
         lambda: _empty_report(logits.shape[0], num_top),
     )
-    return Sampled(token_ids, *report, finite)
+    return Sampled(token_ids, chosen_logprob, rank, top_ids, top_logprobs, finite)
 
 
-def _argmax(logits: jax.Array, best: jax.Array) -> jax.Array:
-    """The lowest id of the best logit, [R]; two vectorised passes are faster than XLA's argmax on a CPU."""
-    ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
-    none = jnp.int32(logits.shape[1] - 1)  # rows of NaN
-    return jnp.min(jnp.where(logits == best[:, None], ids, none), axis=-1)
+def _argmax(logits: jax.Array) -> jax.Array:
+    """The lowest id of the best logit, int32 [R]; 0 if there is none above -inf.
+
+    In two levels, because XLA vectorises a plain maximum on a CPU, but not one that also returns its index.
+    """
+    rows, vocab = logits.shape
+    padding = (0, -vocab % _ARGMAX_BLOCK)
+    blocks = jnp.pad(logits, ((0, 0), padding), constant_values=-jnp.inf).reshape(rows, -1, _ARGMAX_BLOCK)
+    block = jnp.argmax(jnp.max(blocks, axis=-1), axis=-1).astype(jnp.int32)
+    candidates = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    return block * _ARGMAX_BLOCK + jnp.argmax(candidates, axis=-1).astype(jnp.int32)
 
 
 def _edits_logits(state: SamplingState, num_tokens: jax.Array) -> jax.Array:
@@ -245,7 +252,7 @@ def _draw(logits: jax.Array, state: SamplingState, num_tokens: jax.Array, draws:
     kept = keep_mask(scaled, state, draws)
     noise = gumbel_noise(state.seed, num_tokens, logits.shape[1])
     perturbed = jnp.where(kept, scaled + noise, -jnp.inf)
-    return _argmax(perturbed, jnp.max(perturbed, axis=-1))
+    return _argmax(perturbed)
 
 
 def _temper(logits: jax.Array, state: SamplingState, draws: jax.Array) -> jax.Array:
@@ -330,9 +337,9 @@ def _keep_from(x: jax.Array, threshold: jax.Array) -> jax.Array:
 
 def _ordered_bits(x: jax.Array) -> jax.Array:
     """int32 of the same order as the float32 (no NaN): the bits of negative numbers run backwards."""
-    x = x + 0.0  # -0.0 becomes 0.0
     bits = jax.lax.bitcast_convert_type(x, jnp.int32)
-    return bits ^ ((bits >> 31) & _HIGHEST_KEY)
+    keys = bits ^ ((bits >> 31) & _HIGHEST_KEY)
+    return jnp.where(keys == -1, 0, keys)  # -0.0 equals 0.0
 
 
 def _threshold(

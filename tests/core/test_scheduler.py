@@ -24,7 +24,9 @@ def plans(fake: FakeExecutor) -> list[StepPlan]:
 def assert_right_tokens(requests: list[Request]) -> None:
     for request in requests:
         prompt = list(request.prompt_token_ids)
-        assert request.output_token_ids == expected_tokens(prompt, request.seed, len(request.output_token_ids))
+        assert request.output_token_ids == expected_tokens(
+            prompt, request.seed, len(request.output_token_ids)
+        )
 
 
 def test_plans_of_two_requests_by_hand() -> None:
@@ -94,9 +96,7 @@ def test_static_batches_wait_for_their_longest() -> None:
 
 def test_dynamic_batch_starts_when_its_window_is_over() -> None:
     clock = ManualClock()
-    core, fake = make_core(
-        num_slots=4, pipeline_depth=0, batching="dynamic", batch_window_s=1.0, clock=clock
-    )
+    core, fake = make_core(num_slots=4, pipeline_depth=0, batching="dynamic", batch_window_s=1.0, clock=clock)
     core.add(make_request("a", [1], 2, arrival=0.0))
     core.step()
     assert not fake.batches, "the window is open"
@@ -135,7 +135,9 @@ def test_same_tokens_at_every_depth_and_budget() -> None:
             rng = random.Random(7)
             core, _ = make_core(pipeline_depth=depth, token_budget=budget, num_pages=40)
             requests = [
-                make_request(f"r{i}", random_prompt(rng, 50), rng.randint(1, 30), seed=i, stop_token_ids=frozenset({3}))
+                make_request(
+                    f"r{i}", random_prompt(rng, 50), rng.randint(1, 30), seed=i, stop_token_ids=frozenset({3})
+                )
                 for i in range(40)
             ]
             for request in requests:
@@ -173,7 +175,9 @@ def test_min_tokens_outlives_a_stop_token() -> None:
     request = make_request("r", prompt, 10, stop_token_ids=frozenset({tokens[1]}), min_tokens=5)
     core.add(request)
     run_to_end(core)
-    assert len(request.output_token_ids) > 5, "the fake executor masks nothing: the scheduler must not stop early"
+    assert len(request.output_token_ids) > 5, (
+        "the fake executor masks nothing: the scheduler must not stop early"
+    )
 
 
 def test_siblings_share_the_prompt_pages() -> None:

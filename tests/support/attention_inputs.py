@@ -1,4 +1,4 @@
-"""Hostile inputs for ragged paged attention: every row from its own key, shuffled pages, NaN wherever no row owns."""
+"""Hostile inputs for attention: every row from its own key, shuffled pages, NaN wherever no row owns."""
 
 from __future__ import annotations
 

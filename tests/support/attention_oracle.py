@@ -1,4 +1,4 @@
-"""Ragged paged attention in numpy float64, written without looking at the implementations, and hostile inputs.
+"""Ragged paged attention in numpy float64.
 
 Layout, masks and softmax are spelled out per query and head, so that nothing here can share a mistake with
 the vectorised code under test.
@@ -62,7 +62,8 @@ def attend(
         for token in range(first, last):
             position = kv_len - (last - token)
             start = 0 if sliding_window is None else max(0, position - sliding_window + 1 + window_shift)
-            seen = range(start, min(position + causal_shift, kv_len - 1) + 1)
+            last_seen = min(max(position + causal_shift, 0), kv_len - 1)
+            seen = range(start, last_seen + 1)
             slots = [(step.page_table[row, p // page_size], p % page_size) for p in seen]
             for head in range(step.q.shape[1]):
                 keys = np.array([pages[page, offset, 2 * (head // group)] for page, offset in slots])

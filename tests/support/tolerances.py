@@ -1,4 +1,5 @@
 """How far each comparison may be off: about ten times the largest error measured, per dtype."""
 
-# Largest |implementation - float64 oracle| over the arg specs, inputs standard normal.
-ATTENTION_TOLERANCE = {"float32": 1e-5, "bfloat16": 0.05, "float16": 0.01}
+# Largest |implementation - float64 oracle| over the arg specs with standard normal inputs, measured on a CPU:
+# 1.3e-6, 7.7e-3 and 9.1e-4. A mask that is off by one errs by 0.46 or more.
+ATTENTION_TOLERANCE = {"float32": 1.2e-5, "bfloat16": 0.08, "float16": 0.01}

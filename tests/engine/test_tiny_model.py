@@ -1,0 +1,204 @@
+"""The whole engine on a tiny model: what a request gets depends on nothing but itself."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from jaxserve import LLM, SamplingParams
+from jaxserve.errors import ConfigError
+from jaxserve.runner.compile_counter import compile_counter
+from tests.support.byte_tokenizer import END_ID
+from tests.support.tiny_checkpoint import write_tiny_checkpoint
+
+OPTIONS: dict[str, Any] = {
+    "dtype": "float32",
+    "max_num_seqs": 6,
+    "max_num_batched_tokens": 32,
+    "row_buckets": (1, 3, 6),
+    "token_buckets": (12, 32),
+    "max_model_len": 256,
+    "page_size": 8,
+    "num_pages": 200,
+    "compile_cache": False,
+    "use_tqdm": False,
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def llm(checkpoint: Path) -> Iterator[LLM]:
+    with LLM(str(checkpoint), **OPTIONS) as llm:
+        yield llm
+
+
+def work() -> tuple[list[list[int]], list[SamplingParams]]:
+    """Prompts from 1 token to three times the budget; greedy and sampled, with every parameter somewhere."""
+    rng = random.Random(5)
+    prompts = [[rng.randrange(256) for _ in range(n)] for n in (1, 2, 7, 8, 9, 31, 32, 33, 64, 97)]
+    params = [
+        SamplingParams(temperature=0.0, max_tokens=20),
+        SamplingParams(temperature=1.0, seed=1, max_tokens=20),
+        SamplingParams(temperature=0.7, top_p=0.9, seed=2, max_tokens=20),
+        SamplingParams(temperature=1.3, top_k=5, seed=3, max_tokens=20),
+        SamplingParams(temperature=1.0, min_p=0.05, seed=4, max_tokens=20),
+        SamplingParams(temperature=0.0, repetition_penalty=1.3, max_tokens=20),
+        SamplingParams(temperature=0.9, presence_penalty=1.0, frequency_penalty=0.5, seed=5, max_tokens=20),
+        SamplingParams(temperature=0.0, logit_bias={65: 100.0, 66: -100.0}, max_tokens=20),
+        SamplingParams(temperature=1.0, seed=6, max_tokens=20, logprobs=3),
+        SamplingParams(temperature=0.8, top_k=20, top_p=0.8, seed=7, max_tokens=20),
+    ]
+    return prompts, params
+
+
+def answers(llm: LLM) -> list[list[int]]:
+    prompts, params = work()
+    return [output.outputs[0].token_ids for output in llm.generate(prompts, params, use_tqdm=False)]
+
+
+@pytest.fixture(scope="module")
+def alone(llm: LLM) -> list[list[int]]:
+    prompts, params = work()
+    return [
+        llm.generate([prompt], p, use_tqdm=False)[0].outputs[0].token_ids
+        for prompt, p in zip(prompts, params, strict=True)
+    ]
+
+
+def test_alone_and_in_a_batch(llm: LLM, alone: list[list[int]]) -> None:
+    assert answers(llm) == alone
+    assert len({tuple(tokens) for tokens in alone}) == len(alone)
+    assert alone[7] == [65] * 20, "a bias of 100 decides"
+
+
+def test_neighbours_change_nothing(llm: LLM, alone: list[list[int]]) -> None:
+    prompts, params = work()
+    rng = random.Random(1)
+    for _ in range(3):
+        order = list(range(len(prompts)))
+        rng.shuffle(order)
+        outputs = llm.generate([prompts[i] for i in order], [params[i] for i in order], use_tqdm=False)
+        assert {i: o.outputs[0].token_ids for i, o in zip(order, outputs, strict=True)} == dict(
+            enumerate(alone)
+        )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pipeline_depth": 0},
+        {"pipeline_depth": 2},
+        {"max_num_batched_tokens": 8, "token_buckets": (8,)},
+        {"max_num_batched_tokens": 128, "token_buckets": (128,)},
+        {"page_size": 32, "num_pages": 60},
+        {"num_pages": 20, "max_model_len": 128},
+        {"attention": "reference"},
+        {"batching": "static", "batch_window_s": 0.01},
+        {"tensor_parallel_size": 2},
+        {"tensor_parallel_size": 4},
+    ],
+    ids=lambda change: ",".join(f"{key}={value}" for key, value in change.items()),
+)
+def test_configuration_changes_no_token(
+    change: dict[str, Any], checkpoint: Path, alone: list[list[int]]
+) -> None:
+    with LLM(str(checkpoint), **(OPTIONS | {"row_buckets": (6,)} | change)) as llm:
+        assert answers(llm) == alone
+        if change.get("num_pages") == 20:
+            assert llm.stats()["num_preemptions"] > 0, "this pool is meant to be too small"
+        if "tensor_parallel_size" in change:
+            assert len(llm.engine.description["device"]) > 0
+            cache = llm.engine.loop.core._executor._caches[0]  # type: ignore[attr-defined]
+            assert len(cache.sharding.device_set) == change["tensor_parallel_size"]
+            assert (
+                cache.sharding.shard_shape(cache.shape)[2] == cache.shape[2] // change["tensor_parallel_size"]
+            )
+
+
+def test_nothing_compiles_after_warmup(llm: LLM) -> None:
+    prompts, params = work()
+    before, before_here = compile_counter().count, llm.stats()["compiles_after_warmup"]
+    rng = random.Random(9)
+    for _ in range(6):
+        count = rng.randint(1, len(prompts))
+        llm.generate(prompts[:count], params[:count], use_tqdm=False)
+    llm.generate(["héllo 😀"], SamplingParams(max_tokens=4, stop="zz", n=3), use_tqdm=False)
+    # Other tests' engines compile in this process, too: what counts is that these requests compile nothing.
+    assert llm.stats()["compiles_after_warmup"] == before_here
+    assert compile_counter().count == before
+    jax.jit(lambda x: x * 3 + 1)(np.arange(7)).block_until_ready()
+    assert compile_counter().count > before, "the counter does count"
+
+
+def test_caches_stay_where_they_are(llm: LLM) -> None:
+    runner = llm.engine.loop.core._executor  # type: ignore[attr-defined]
+    before = [cache.unsafe_buffer_pointer() for cache in runner._caches]
+    llm.generate([[1] * 50, [2] * 3], SamplingParams(max_tokens=30, ignore_eos=True), use_tqdm=False)
+    assert [cache.unsafe_buffer_pointer() for cache in runner._caches] == before
+
+
+def test_preempted_requests_continue_as_if_nothing_was(checkpoint: Path, llm: LLM) -> None:
+    prompts = [[i] * 20 for i in range(6)]
+    params = [SamplingParams(temperature=1.0, seed=i, max_tokens=60, ignore_eos=True) for i in range(6)]
+    want = [output.outputs[0].token_ids for output in llm.generate(prompts, params, use_tqdm=False)]
+    small = OPTIONS | {"num_pages": 22, "max_model_len": 128, "row_buckets": (6,)}
+    with LLM(str(checkpoint), **small) as tight:
+        got = [output.outputs[0].token_ids for output in tight.generate(prompts, params, use_tqdm=False)]
+        assert tight.stats()["num_preemptions"] >= 2
+    assert got == want
+
+
+def test_min_tokens_masks_the_end(llm: LLM) -> None:
+    bias = {END_ID: 100.0}
+    ends = llm.generate("x", SamplingParams(logit_bias=bias, max_tokens=9), use_tqdm=False)[0].outputs[0]
+    assert ends.token_ids == [END_ID]
+    assert (ends.finish_reason, ends.stop_reason, ends.text) == ("stop", END_ID, "")
+    later = llm.generate("x", SamplingParams(logit_bias=bias, max_tokens=9, min_tokens=4), use_tqdm=False)[0]
+    assert later.outputs[0].token_ids.index(END_ID) == 4
+    ignoring = SamplingParams(logit_bias=bias, max_tokens=9, ignore_eos=True)
+    assert llm.generate("x", ignoring, use_tqdm=False)[0].outputs[0].token_ids == [END_ID] * 9
+
+
+def test_logprobs_are_the_models_own(llm: LLM) -> None:
+    params = SamplingParams(temperature=1.5, top_k=3, seed=1, logprobs=4, max_tokens=6, ignore_eos=True)
+    output = llm.generate([3, 1, 4], params, use_tqdm=False)[0].outputs[0]
+    assert output.logprobs is not None
+    assert len(output.logprobs) == 6
+    for token_id, step in zip(output.token_ids, output.logprobs, strict=True):
+        assert token_id in step
+        ranked = sorted(step.values(), key=lambda entry: entry.rank or 0)
+        assert [entry.logprob for entry in ranked] == sorted((e.logprob for e in step.values()), reverse=True)
+        assert sum(np.exp(entry.logprob) for entry in step.values()) <= 1.0 + 1e-5
+        assert step[token_id].rank is not None
+        assert step[token_id].rank <= 3, "top_k=3 draws among the best three"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_model_len": 1024}, "max_model_len=1024: the model was made for 512"),
+        ({"num_pages": 5}, "max_model_len=256"),
+        ({"tensor_parallel_size": 3}, "tensor_parallel_size=3"),
+        ({"tensor_parallel_size": 9}, "tensor_parallel_size=9"),
+        ({"max_num_batched_tokens": 4}, "max_num_batched_tokens=4"),
+        ({"device": "tpu"}, "device='tpu'"),
+        ({"colour": "red"}, "unknown option 'colour'"),
+        ({"page_size": 48}, "page_size=48"),
+    ],
+)
+def test_bad_configurations_say_what_is_wrong(
+    options: dict[str, Any], message: str, checkpoint: Path
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        LLM(str(checkpoint), **(OPTIONS | options))
+    assert message in str(caught.value)
