@@ -28,7 +28,7 @@ class StepBatch:
         plan: what this batch runs.
         rows: int32 [4, bucket.rows]: slot, start, number of tokens, samples (0 or 1). Padding rows have
             slot ``num_slots`` (out of range: reads of it are masked, writes dropped) and no tokens.
-        page_updates: int32 [3, bucket.rows]: slot, index, page; padding has slot ``num_slots``.
+        page_updates: int32 [3, bucket.rows]: slot, column, page; padding has slot ``num_slots``.
     """
 
     plan: StepPlan

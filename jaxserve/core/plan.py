@@ -48,10 +48,10 @@ class ScheduledRow(NamedTuple):
 
 
 class PageUpdate(NamedTuple):
-    """``page_table[slot, index] = page`` before the step runs."""
+    """``page_table[slot, column] = page`` before the step runs."""
 
     slot: int
-    index: int
+    column: int
     page: int
 
 
@@ -82,7 +82,8 @@ class StepPlan:
         step: number of the step, from 0.
         rows: decodes first, then prefill chunks; ``sum(num_tokens) <= bucket.tokens``.
         bucket: the compiled shape that runs it.
-        admissions: requests that take a slot just before the step; a subset of ``rows``.
+        admissions: requests that take a slot just before the step; all have a row in it, but for those of a
+            batch (static, dynamic) whose prompts the step's budget has no room for.
         page_updates: pages of requests that grew; at most one per row.
         preempted_ids: requests that lost their slot and pages in this plan.
         num_held_slots: slots kept by finished requests (static and dynamic batching), padded in the step.

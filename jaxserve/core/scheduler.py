@@ -214,8 +214,11 @@ class Scheduler:
 
     def _admit(self, now: float, draft: _Draft) -> None:
         """Moves requests from the queue into slots, in order, until one does not fit: nobody is overtaken."""
+        # A batch that starts together must not be cut short by one step's budget: prompts for which none is
+        # left take their slots now and are computed in the next steps.
+        is_batch = self._policies.admission.holds_slots
         quota = min(self._policies.admission.quota(self._view(now)), len(self._free_slots))
-        while len(draft.admissions) < quota and draft.budget > 0:
+        while len(draft.admissions) < quota and (is_batch or draft.budget > 0):
             request = self._waiting.peek()
             if request is None or request.num_steps_in_flight > 0:  # a resumed request's tokens must be known
                 return
@@ -223,11 +226,12 @@ class Scheduler:
             if shared is None or not self._has_room(request, shared):
                 return
             chunk = self._policies.composition.chunk(request.num_tokens - shared, draft.budget)
-            if chunk == 0:
+            if chunk == 0 and not is_batch:
                 return
             self._waiting.remove(request)
             self._start(request, shared, now, draft)
-            draft.plan_row(request, chunk)
+            if chunk:
+                draft.plan_row(request, chunk)
 
     def _shareable_prefix(self, request: Request, draft: _Draft) -> int | None:
         """Prompt tokens whose pages a sibling already holds; None while the sibling is still computing them."""

@@ -55,7 +55,9 @@ def make_step(module: Decoder, bucket: Bucket, mesh: Mesh, implementation: Imple
         attend = _make_attend(metadata, mesh, implementation)
         hidden, caches = model(token_ids, positions, caches, attend)
         logits = model.logits(hidden[jnp.maximum(ends - 1, 0)])
-        sampled = sample(logits, take_sampling(slots.sampling, slot), take(slots.tokens, slot), end)
+        # Rows that do not sample have no position, and so cost nothing in the sampler.
+        position = jnp.where(samples, end, 0)
+        sampled = sample(logits, take_sampling(slots.sampling, slot), take(slots.tokens, slot), position)
         tokens = write_sampled(slots.tokens, slot, end, sampled.token_ids, samples)
         # One array to read per step: a row whose logits were not finite reports a negative id.
         sampled = sampled._replace(token_ids=jnp.where(sampled.finite, sampled.token_ids, -1))

@@ -1,0 +1,212 @@
+"""Attention in plain XLA operations, for every platform; what the CPU runs.
+
+Queries are handled as *query blocks*, each inside one row. A block walks over its row's context a *KV block*
+at a time, with an online softmax (Milakov & Gimelshein 2018, algorithm 3; Dao et al. 2022), as many times as
+the context needs: a step costs what its contexts cost and not what the page table could hold.
+
+Rows of one token are blocks of one query and walk together, as one batch. The blocks of longer chunks walk
+one after the other: they differ in length, and each of them is enough work for the whole machine.
+
+    tokens   |d|d|d| chunk of row 3 .......... | chunk of row 4 .. | padding |
+    blocks    1 1 1 |  Q   |  Q   |  Q   | Q   |  Q   |  Q
+             together       one after the other
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxserve.pallas_kernels.layout import interleave
+from jaxserve.pallas_kernels.ragged_paged_attention.metadata import (
+    AttentionMetadata,
+    TokenPlaces,
+    token_places,
+)
+
+# Tokens of context per iteration, and queries per block of a chunk; measured, see README.md.
+_KV_BLOCK_TOKENS = 128
+_QUERY_BLOCK_TOKENS = 64
+
+# Below every score of finite inputs, and finite: the difference of two infinities is NaN.
+_MASKED = -1e30
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Options:
+    """What is fixed when the program is traced."""
+
+    scale: float
+    sliding_window: int | None
+    soft_cap: float | None
+
+
+class _QueryBlocks(NamedTuple):
+    """Some query blocks that walk over their contexts together.
+
+    Attributes:
+        queries: ``[blocks, block, q_heads, head_dim]``.
+        positions: int32 ``[blocks, block]``, rising by one from the first; -1 where there is no token.
+        page_table: int32 ``[blocks, max_pages]`` of the block's row.
+    """
+
+    queries: jax.Array
+    positions: jax.Array
+    page_table: jax.Array
+
+
+def ragged_paged_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    kv_pages: jax.Array,
+    metadata: AttentionMetadata,
+    *,
+    scale: float,
+    sliding_window: int | None,
+    soft_cap: float | None,
+) -> tuple[jax.Array, jax.Array]:
+    """See `jaxserve.pallas_kernels.ragged_paged_attention.api.ragged_paged_attention`."""
+    places = token_places(metadata, q.shape[0], kv_pages.shape)
+    kv_pages = _write(kv_pages, interleave(k, v).astype(kv_pages.dtype), places)
+    options = _Options(scale, sliding_window, soft_cap)
+    if metadata.max_q_len == 1:
+        blocks = _QueryBlocks(q[:, None], places.position[:, None], metadata.page_table[places.row])
+        out = _attend(blocks, kv_pages, options)[:, 0]
+    else:
+        out = _attend_chunks(q, kv_pages, metadata, options)
+        token, decoded = _attend_single_tokens(q, kv_pages, metadata, options)
+        out = out.at[token].set(decoded, mode="drop")
+    return out, kv_pages
+
+
+def _write(kv_pages: jax.Array, new: jax.Array, places: TokenPlaces) -> jax.Array:
+    """Puts each token's keys and values in its place, in place; padding lands in the null page."""
+    if new.shape[0] == 1:
+        # XLA:CPU expands a scatter of one row into a select over the whole pool. Of this it would make two
+        # writes, one for the reader and one for the result, and so copy the pool: hence the barrier.
+        start = (places.page[0], places.offset[0], 0, 0)
+        return jax.lax.optimization_barrier(jax.lax.dynamic_update_slice(kv_pages, new[None], start))
+    return kv_pages.at[places.page, places.offset].set(new, mode="promise_in_bounds")
+
+
+def _attend_single_tokens(
+    q: jax.Array, kv_pages: jax.Array, metadata: AttentionMetadata, options: _Options
+) -> tuple[jax.Array, jax.Array]:
+    """The rows of one token in a step that also has chunks.
+
+    Returns:
+        For each row its token, out of range if it has not exactly one, int32 ``[rows]``, and the output
+        ``[rows, q_heads, head_dim]``.
+    """
+    starts = metadata.cu_q_lens[:-1]
+    single = metadata.cu_q_lens[1:] - starts == 1
+    token = jnp.where(single, starts, q.shape[0])
+    position = jnp.where(single, metadata.kv_lens - 1, -1)
+    queries = q.at[token].get(mode="fill", fill_value=0)
+    blocks = _QueryBlocks(queries[:, None], position[:, None], metadata.page_table)
+    return token, _attend(blocks, kv_pages, options)[:, 0]
+
+
+def _attend_chunks(
+    q: jax.Array, kv_pages: jax.Array, metadata: AttentionMetadata, options: _Options
+) -> jax.Array:
+    """The rows of more than one token, block after block; zeros for all other tokens, ``[tokens, ...]``."""
+    num_tokens = q.shape[0]
+    size = min(_QUERY_BLOCK_TOKENS, num_tokens)
+    starts = metadata.cu_q_lens[:-1]
+    counts = metadata.cu_q_lens[1:] - starts
+    blocks_of_row = jnp.where(counts > 1, (counts + size - 1) // size, 0)
+    blocks_until = jnp.cumsum(blocks_of_row)
+    padded = jnp.pad(q, ((0, size), (0, 0), (0, 0)))
+    index_in_block = jnp.arange(size, dtype=jnp.int32)
+
+    def attend_block(block: jax.Array, out: jax.Array) -> jax.Array:
+        row = jnp.sum(blocks_until <= block, dtype=jnp.int32)
+        first = (block - blocks_until[row] + blocks_of_row[row]) * size  # within the row
+        index = first + index_in_block
+        position = jnp.where(index < counts[row], metadata.kv_lens[row] - counts[row] + index, -1)
+        token = starts[row] + first
+        blocks = _QueryBlocks(
+            queries=jax.lax.dynamic_slice_in_dim(padded, token, size)[None],
+            positions=position[None],
+            page_table=metadata.page_table[row][None],
+        )
+        # The block's end may reach into the next row: zeros, which that row's own block overwrites later.
+        return jax.lax.dynamic_update_slice_in_dim(out, _attend(blocks, kv_pages, options)[0], token, 0)
+
+    out = jax.lax.fori_loop(0, blocks_until[-1], attend_block, jnp.zeros_like(padded))
+    return out[:num_tokens]
+
+
+def _attend(blocks: _QueryBlocks, kv_pages: jax.Array, options: _Options) -> jax.Array:
+    """Walks query blocks over their contexts; like their queries, with zeros where there is no token."""
+    num_pages, page_size, doubled_heads, head_dim = kv_pages.shape
+    num_blocks, size, q_heads, _ = blocks.queries.shape
+    kv_heads = doubled_heads // 2
+    group = q_heads // kv_heads
+    dtype = jnp.promote_types(blocks.queries.dtype, kv_pages.dtype)
+    heads = kv_pages.reshape(num_pages, page_size, kv_heads, 2, head_dim)
+    # One product per kv head has all queries of its group: [blocks, kv_heads, group * block, head_dim].
+    queries = blocks.queries.reshape(num_blocks, size, kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
+    queries = queries.reshape(num_blocks, kv_heads, group * size, head_dim).astype(dtype)
+    positions = jnp.tile(blocks.positions, (1, group))[:, None, :, None]
+    end = jnp.max(blocks.positions, axis=1) + 1
+    first_seen = _first_seen_position(blocks.positions, options.sliding_window)
+    first_page = first_seen // page_size
+    num_columns = max(1, min(_KV_BLOCK_TOKENS // page_size, blocks.page_table.shape[1]))
+    length = num_columns * page_size
+    columns = jnp.arange(num_columns, dtype=jnp.int32)[None, :]
+    offsets = jnp.arange(length, dtype=jnp.int32)[None, :]
+
+    def fetch(page_ids: jax.Array, which: int) -> jax.Array:
+        """Keys (0) or values (1), copied once: ``[blocks, kv_heads, length, head_dim]``."""
+        fetched = heads.at[page_ids, :, :, which].get(mode="promise_in_bounds").transpose(0, 3, 1, 2, 4)
+        return fetched.reshape(num_blocks, kv_heads, length, head_dim).astype(dtype)
+
+    def walk(index: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+        best, total, acc = carry
+        first_column = first_page[:, None] + index * num_columns
+        page_ids = jnp.take_along_axis(blocks.page_table, first_column + columns, axis=1, mode="clip")
+        key_position = first_column * page_size + offsets
+        needed = (key_position >= first_seen[:, None]) & (key_position < end[:, None])
+        values = jnp.where(needed[:, None, :, None], fetch(page_ids, 1), 0)  # 0 * NaN is NaN
+        scores = _product("bhqd,bhkd->bhqk", queries, fetch(page_ids, 0)) * options.scale
+        if options.soft_cap is not None:
+            scores = options.soft_cap * jnp.tanh(scores / options.soft_cap)
+        key_position = key_position[:, None, None, :]
+        seen = key_position <= positions
+        if options.sliding_window is not None:
+            seen &= key_position > positions - options.sliding_window
+        scores = jnp.where(seen, scores, _MASKED)
+        new_best = jnp.maximum(best, jnp.max(scores, axis=-1, keepdims=True))
+        decay = jnp.exp(best - new_best)
+        weights = jnp.exp(scores - new_best)  # of a query that saw nothing yet: ones, which decay to 0 later
+        total = total * decay + jnp.sum(weights, axis=-1, keepdims=True)
+        return new_best, total, acc * decay + _product("bhqk,bhkd->bhqd", weights.astype(dtype), values)
+
+    pages = (end + page_size - 1) // page_size - first_page
+    steps = (jnp.max(pages) + num_columns - 1) // num_columns
+    zeros = jnp.zeros((num_blocks, kv_heads, group * size, 1), jnp.float32)
+    carry = (zeros + _MASKED, zeros, jnp.zeros(queries.shape, jnp.float32))
+    _, total, acc = jax.lax.fori_loop(0, steps, walk, carry)
+    out = jnp.where(positions >= 0, acc / total, 0.0)  # a query sees itself at least; a NaN must be noticed
+    out = out.reshape(num_blocks, kv_heads, group, size, head_dim).transpose(0, 3, 1, 2, 4)
+    return out.reshape(blocks.queries.shape).astype(blocks.queries.dtype)
+
+
+def _product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """Accumulates in float32; float32 operands are not rounded to fewer bits, as a GPU would by default."""
+    return jnp.einsum(
+        subscripts, a, b, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+    )
+
+
+def _first_seen_position(positions: jax.Array, sliding_window: int | None) -> jax.Array:
+    """The lowest position that any query of a block sees, ``[blocks]``."""
+    if sliding_window is None:
+        return jnp.zeros(positions.shape[0], jnp.int32)
+    return jnp.maximum(positions[:, 0] - sliding_window + 1, 0)  # a block's first query is its lowest

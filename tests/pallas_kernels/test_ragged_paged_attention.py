@@ -1,0 +1,210 @@
+"""One suite for every implementation of ragged paged attention, against a float64 oracle in numpy."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxserve.pallas_kernels.ragged_paged_attention.api import (
+    RAGGED_PAGED_ATTENTION,
+    AttentionMetadata,
+    ragged_paged_attention,
+)
+from jaxserve.pallas_kernels.ragged_paged_attention.arg_specs import CORRECTNESS_SPECS, ArgSpec
+from tests.support import attention_oracle
+from tests.support.attention_inputs import make_step
+from tests.support.tolerances import ATTENTION_TOLERANCE
+
+IMPLEMENTATIONS = tuple(RAGGED_PAGED_ATTENTION.implementations)
+SPECS = {spec.name: spec for spec in CORRECTNESS_SPECS}
+LOW_PRECISION_SPECS = ("mixed", "window_chunk", "soft_cap")
+EVERY_CASE = [
+    *((name, "float32") for name in SPECS),
+    *((name, dtype) for name in LOW_PRECISION_SPECS for dtype in ("bfloat16", "float16")),
+]
+
+every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("scale", "sliding_window", "soft_cap", "implementation"), donate_argnums=3
+)
+def run(q, k, v, kv_pages, metadata, **options):
+    return ragged_paged_attention(q, k, v, kv_pages, metadata, **options)
+
+
+def scale_of(spec: ArgSpec) -> float:
+    return spec.head_dim**-0.5
+
+
+@functools.cache
+def case(name: str, dtype: str):
+    """A spec's inputs, made once."""
+    return make_step(SPECS[name], jnp.dtype(dtype))
+
+
+@functools.cache
+def result(name: str, dtype: str, implementation: str):
+    """What an implementation makes of a spec's inputs, computed once."""
+    _, arrays, metadata = case(name, dtype)
+    return attend(SPECS[name], arrays, metadata, implementation)
+
+
+def attend(spec: ArgSpec, arrays, metadata: AttentionMetadata, implementation: str):
+    """Output as float64 and the cache; the caller's arrays stay alive."""
+    out, kv_pages = run(
+        *arrays[:3],
+        jnp.array(np.asarray(arrays[3])),
+        metadata,
+        scale=scale_of(spec),
+        sliding_window=spec.sliding_window,
+        soft_cap=spec.soft_cap,
+        implementation=implementation,
+    )
+    return np.asarray(out, np.float64), kv_pages
+
+
+def expect(spec: ArgSpec, step: attention_oracle.Step, **mutation: int):
+    return attention_oracle.attend(
+        step, scale=scale_of(spec), sliding_window=spec.sliding_window, soft_cap=spec.soft_cap, **mutation
+    )
+
+
+def error(got, want) -> float:
+    assert np.isfinite(got).all()
+    return float(np.abs(got - want).max())
+
+
+@pytest.mark.parametrize(("name", "dtype"), EVERY_CASE)
+@every_implementation
+def test_equals_the_oracle(implementation: str, name: str, dtype: str) -> None:
+    spec = SPECS[name]
+    step = case(name, dtype)[0]
+    got, kv_pages = result(name, dtype, implementation)
+    assert error(got, expect(spec, step)) <= ATTENTION_TOLERANCE[dtype]
+    assert not got[step.cu_q_lens[-1] :].any(), "padding tokens give exact zeros"
+    np.testing.assert_array_equal(np.asarray(kv_pages, np.float64), attention_oracle.written_pages(step))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("name", "mutation"),
+    [
+        ("mixed", {"causal_shift": -1}),
+        ("mixed", {"causal_shift": 1}),
+        ("window_chunk", {"window_shift": 1}),
+        ("window_chunk", {"window_shift": -1}),
+    ],
+)
+def test_tolerance_catches_a_mask_that_is_off_by_one(name: str, mutation: dict[str, int], dtype: str) -> None:
+    wrong = expect(SPECS[name], case(name, dtype)[0], **mutation)
+    got, _ = result(name, dtype, "xla")
+    assert error(got, wrong) > 4 * ATTENTION_TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@every_implementation
+def test_tolerance_catches_another_rows_page(implementation: str, dtype: str) -> None:
+    step, arrays, metadata = case("mixed", dtype)
+    page_table = np.array(metadata.page_table)
+    page_table[0, 0] = page_table[1, 0]
+    wrong = dataclasses.replace(metadata, page_table=jnp.asarray(page_table))
+    got, _ = attend(SPECS["mixed"], arrays, wrong, implementation)
+    assert error(got, expect(SPECS["mixed"], step)) > 4 * ATTENTION_TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("name", ["mixed", "decode_page_borders"])
+@every_implementation
+def test_cache_is_written_in_place(implementation: str, name: str) -> None:
+    spec = SPECS[name]
+    _, arrays, metadata = case(name, "float32")
+    kv_pages = jnp.array(np.asarray(arrays[3]))
+    address = kv_pages.unsafe_buffer_pointer()
+    _, updated = run(
+        *arrays[:3],
+        kv_pages,
+        metadata,
+        scale=scale_of(spec),
+        sliding_window=None,
+        soft_cap=None,
+        implementation=implementation,
+    )
+    assert kv_pages.is_deleted()
+    assert updated.unsafe_buffer_pointer() == address
+
+
+@every_implementation
+def test_untouched_pages_keep_their_bits(implementation: str) -> None:
+    spec = SPECS["mixed"]
+    step, arrays, metadata = case("mixed", "float32")
+    noise = np.random.default_rng(1).integers(0, 2**32, arrays[3].shape, np.uint32)  # NaNs with payloads too
+    unowned = np.ones(arrays[3].shape[0], bool)
+    unowned[step.page_table] = False  # page 0, the null page, takes what padding tokens write
+    mask = unowned[:, None, None, None]
+    bits = np.where(mask, noise, np.asarray(arrays[3]).view(np.uint32))
+    arrays = (*arrays[:3], jnp.asarray(bits.view(np.float32)))
+    got, kv_pages = attend(spec, arrays, metadata, implementation)
+    np.testing.assert_array_equal(np.asarray(kv_pages).view(np.uint32)[unowned], bits[unowned])
+    assert error(got, expect(spec, step)) <= ATTENTION_TOLERANCE["float32"]
+
+
+@pytest.mark.parametrize("chunks", [(48, 22), (16, 16, 38), (1, 33, 1, 35)])
+@every_implementation
+def test_chunking_does_not_change_the_result(implementation: str, chunks: tuple[int, ...]) -> None:
+    whole = ArgSpec(name="whole", rows=((70, 70),), num_q_heads=6, num_kv_heads=2)
+    step, arrays, metadata = make_step(whole, jnp.dtype("float32"))
+    padded = [np.pad(np.asarray(array), ((0, 48), (0, 0), (0, 0))) for array in arrays[:3]]
+    kv_pages, start, got = arrays[3], 0, []
+    for count in chunks:
+        part = [jnp.asarray(array[start : start + 48]) for array in padded]
+        chunk = AttentionMetadata(
+            metadata.page_table, jnp.array([start + count], jnp.int32), jnp.array([0, count], jnp.int32), 48
+        )
+        out, kv_pages = attend(whole, (*part, kv_pages), chunk, implementation)
+        got.append(out[:count])
+        start += count
+    assert error(np.concatenate(got), expect(whole, step)) <= ATTENTION_TOLERANCE["float32"]
+
+
+@every_implementation
+def test_pages_before_the_window_may_be_gone(implementation: str) -> None:
+    spec = ArgSpec(name="gone", rows=((1, 100), (10, 90)), sliding_window=20)
+    step, arrays, metadata = make_step(spec, jnp.dtype("float32"))
+    want = expect(spec, step)
+    kv_pages = np.array(arrays[3])
+    kv_pages[step.page_table[0, :5]] = np.nan  # the query at 99 sees 80 to 99: pages 5 and 6
+    kv_pages[step.page_table[1, :3]] = np.nan  # the first query, at 80, sees from 61 on: page 3
+    got, _ = attend(spec, (*arrays[:3], jnp.asarray(kv_pages)), metadata, implementation)
+    assert error(got, want) <= ATTENTION_TOLERANCE["float32"]
+
+
+@every_implementation
+def test_a_bad_row_shows_and_stays_alone(implementation: str) -> None:
+    spec = SPECS["chunk_continues"]
+    step, arrays, metadata = case("chunk_continues", "float32")
+    first, last = step.cu_q_lens[1:3]
+    q, k, v = (array.at[first:last].set(jnp.nan) for array in arrays[:3])
+    got, _ = attend(spec, (q, k, v, arrays[3]), metadata, implementation)
+    want = expect(spec, step)
+    assert np.isnan(got[first:last]).any(axis=(1, 2)).all()
+    for rest in (slice(0, first), slice(last, step.cu_q_lens[-1])):
+        assert error(got[rest], want[rest]) <= ATTENTION_TOLERANCE["float32"]
+
+
+@every_implementation
+def test_a_row_does_not_depend_on_its_neighbours(implementation: str) -> None:
+    """A decode step's arithmetic is per row: the same bits whatever the other rows hold."""
+    spec = ArgSpec(name="rows", rows=tuple((1, length) for length in (40, 7, 130, 64)))
+    _, arrays, metadata = make_step(spec, jnp.dtype("float32"))
+    got, _ = attend(spec, arrays, metadata, implementation)
+    order = jnp.array([2, 0, 3, 1])
+    moved = AttentionMetadata(
+        metadata.page_table[order], metadata.kv_lens[order], metadata.cu_q_lens, metadata.max_q_len
+    )
+    again, _ = attend(spec, (*(array[order] for array in arrays[:3]), arrays[3]), moved, implementation)
+    np.testing.assert_array_equal(again, got[np.asarray(order)])
