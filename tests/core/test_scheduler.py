@@ -94,6 +94,26 @@ def test_static_batches_wait_for_their_longest() -> None:
     assert next(p.step for p in plans(fake) if any(r.request_id == "r5" for r in p.rows)) == 200
 
 
+@pytest.mark.parametrize("batching", ["static", "dynamic"])
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_a_batch_is_not_cut_short_by_the_token_budget(batching: str, depth: int) -> None:
+    """Four prompts of 9 tokens under a budget of 12: one batch, computed over three steps."""
+    core, fake = make_core(
+        num_slots=4, token_budget=12, pipeline_depth=depth, batching=batching, batch_window_s=0.0
+    )
+    prompts = {f"r{i}": [i, i + 1, 7] * 3 for i in range(4)}
+    requests = [make_request(name, prompt, 6, seed=3) for name, prompt in prompts.items()]
+    for request in requests:
+        core.add(request)
+    run_to_end(core)
+    first = plans(fake)[0]
+    assert [admission.request_id for admission in first.admissions] == list(prompts)
+    assert [row.num_tokens for row in first.rows] == [9, 3]
+    assert not any(plan.admissions for plan in plans(fake)[1:])
+    for request in requests:
+        assert request.output_token_ids == expected_tokens(prompts[request.id], 3, 6)
+
+
 def test_dynamic_batch_starts_when_its_window_is_over() -> None:
     clock = ManualClock()
     core, fake = make_core(num_slots=4, pipeline_depth=0, batching="dynamic", batch_window_s=1.0, clock=clock)

@@ -1,0 +1,154 @@
+"""Runs one workload under one batching mode at one batch size, and records who sat in which slot."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import queue
+import time
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from bench.measures import RequestTimes, request_times, steady_throughput, summary
+from bench.workloads import Item, Workload
+from jaxserve.config import Batching, EngineConfig
+from jaxserve.core.batch import StepBatch
+from jaxserve.core.plan import StepPlan, StepResult
+from jaxserve.engine.build import Engine, LoadedModel, load_model, make_core, make_engine, make_runner
+from jaxserve.outputs import RequestOutput
+from jaxserve.request import SamplingParams
+from jaxserve.runner.model_runner import ModelRunner, StepHandle
+from jaxserve.runner.resolve import ResolvedConfig
+
+MODES: tuple[Batching, ...] = ("static", "dynamic", "continuous")
+IDLE = -1
+_LOG = logging.getLogger(__name__)
+
+type SlotTable = npt.NDArray[np.int32]
+
+
+class Recorder:
+    """An executor that passes everything on to a runner, and keeps the plans and when their tokens came."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self._runner = runner
+        self.plans: list[StepPlan] = []
+        self.token_times: list[tuple[float, int]] = []
+
+    def dispatch(self, batch: StepBatch) -> StepHandle:
+        self.plans.append(batch.plan)
+        return self._runner.dispatch(batch)
+
+    def collect(self, handle: StepHandle) -> StepResult:
+        result = self._runner.collect(handle)
+        self.token_times.append((time.monotonic(), sum(row.samples for row in handle.plan.rows)))
+        return result
+
+
+def slot_table(plans: list[StepPlan], num_slots: int) -> SlotTable:
+    """int32 [steps, slots]: which request (ids are numbers) was computed in a slot, `IDLE` if none was."""
+    table = np.full((len(plans), num_slots), IDLE, np.int32)
+    for step, plan in enumerate(plans):
+        for row in plan.rows:
+            table[step, row.slot] = int(row.request_id)
+    return table
+
+
+def slot_waste_share(table: SlotTable) -> float:
+    """Slot-steps in which nothing was computed, neither prompt nor output, as a share of all slot-steps."""
+    return float((table == IDLE).mean()) if table.size else 0.0
+
+
+class Run(NamedTuple):
+    """One run of a workload."""
+
+    mode: Batching
+    batch_size: int
+    times: list[RequestTimes]
+    slots: SlotTable
+    token_times: list[tuple[float, int]]
+
+    def metrics(self) -> dict[str, tuple[float, str]]:
+        """Name -> (value, unit)."""
+        return summary(self.times) | {
+            "steady_tok_s": (steady_throughput(self.token_times, self.times), "tokens/s"),
+            "slot_waste_share": (slot_waste_share(self.slots), "share"),
+        }
+
+
+class Runners:
+    """One model, loaded once, and a compiled runner for each batch size; a mode is only another scheduler."""
+
+    def __init__(self, config: EngineConfig, batch_sizes: tuple[int, ...], *, progress: bool) -> None:
+        self._config = config
+        self.model: LoadedModel = load_model(config, progress=progress)
+        self._batch_sizes = batch_sizes
+        self._progress = progress
+        self._runners: dict[int, tuple[ResolvedConfig, ModelRunner]] = {}
+
+    def prepare(self, max_model_len: int) -> None:
+        """Compiles for every batch size, and runs each once: nothing later is done for the first time."""
+        page_size = self._config.cache.page_size
+        most = self.model.module.config.max_position_embeddings
+        padded_len = min(-(-max_model_len // page_size) * page_size, most)
+        self._config = dataclasses.replace(
+            self._config, model=dataclasses.replace(self._config.model, max_model_len=padded_len)
+        )
+        for size in self._batch_sizes:
+            config = self._with("continuous", size)
+            self._runners[size] = make_runner(config, self.model, progress=self._progress)
+            prompt = [1] * min(8, max_model_len - 4)
+            self.run("continuous", size, Workload("warm-up", [Item(prompt, 4)] * (size + 1)))
+
+    def run(self, mode: Batching, batch_size: int, workload: Workload) -> Run:
+        """Makes the requests at their times and waits for all. Raises RuntimeError if anything compiled."""
+        resolved, runner = self._runners[batch_size]
+        config = self._with(mode, batch_size)
+        recorder = Recorder(runner)
+        core = make_core(config, resolved, recorder, runner.prepare)
+        engine = make_engine(config, self.model, resolved, runner, core)
+        try:
+            compiles = engine.compiles_after_warmup
+            outputs = generate(engine, workload)
+            compiles = engine.compiles_after_warmup - compiles
+        finally:
+            engine.close()
+        if compiles:
+            raise RuntimeError(f"{compiles} compilations in the timed window of {mode} at {batch_size}")
+        for item, output in zip(workload.items, outputs, strict=True):
+            if len(output.outputs[0].token_ids) != item.output_tokens:
+                raise RuntimeError(f"{output} should have had {item.output_tokens} tokens")
+        times = [request_times(output) for output in outputs]
+        run = Run(
+            mode, batch_size, times, slot_table(recorder.plans, resolved.num_slots), recorder.token_times
+        )
+        _LOG.info("%s, batch %d, %s: %s", mode, batch_size, workload.name, run.metrics())
+        return run
+
+    def _with(self, mode: Batching, batch_size: int) -> EngineConfig:
+        scheduler = dataclasses.replace(self._config.scheduler, batching=mode, max_num_seqs=batch_size)
+        return dataclasses.replace(self._config, scheduler=scheduler)
+
+
+def generate(engine: Engine, workload: Workload) -> list[RequestOutput]:
+    """Submits every request at its arrival time, whatever became of those before (open loop)."""
+    inbox: queue.SimpleQueue[list[RequestOutput]] = queue.SimpleQueue()
+    start = time.monotonic()
+    for index, item in enumerate(workload.items):
+        delay = start + item.arrival_s - time.monotonic()
+        if delay > 0:
+            time.sleep(delay)
+        params = SamplingParams(temperature=0.0, max_tokens=item.output_tokens, ignore_eos=True)
+        group = engine.inputs.from_prompt(item.prompt_token_ids, params, request_id=str(index))
+        engine.loop.submit(group, inbox.put, streams=False)
+    outputs: dict[str, RequestOutput] = {}
+    while len(outputs) < len(workload.items):
+        outputs |= {output.request_id: output for output in inbox.get()}
+    return [outputs[str(index)] for index in range(len(workload.items))]
+
+
+def offline_config(options: dict[str, Any], num_requests: int) -> EngineConfig:
+    """A configuration under which every request may wait in the queue."""
+    return EngineConfig.from_flat({"max_queued_requests": num_requests} | options)
