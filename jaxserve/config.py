@@ -1,7 +1,7 @@
 """The engine's configuration: frozen, nested, the only place with defaults; `jaxserve` flags are its fields.
 
-``None`` or ``"auto"`` means "let the platform choose"; `jaxserve.platforms.resolve` returns a copy with every
-such field filled, and logs what it chose.
+``None`` or ``"auto"`` means "let the platform choose"; `jaxserve.runner.resolve` fills every such field once
+the model is known, and logs what it chose.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class CacheConfig:
     num_pages: int | None = _option(None, "KV pages; default: as many as fit in memory_fraction")
     memory_fraction: float = _option(
         0.9,
-        "share of the device's memory that the engine may use (of free host memory on CPU: a third of it)",
+        "share of the device's memory to use (on CPU: of a third of what is free, 1 GiB at most)",
     )
     watermark: float = _option(
         0.01, "share of the pages that admission leaves free for running requests to grow"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 from collections.abc import Sequence
 
 from jaxserve.request import FinishReason
@@ -86,9 +87,9 @@ class RequestOutput:
 
     def _repr_markdown_(self) -> str:
         """Rich display in notebooks."""
-        lines = [f"**prompt** {(self.prompt or '').strip()}"]
+        lines = [f"**prompt** {html.escape((self.prompt or '').strip())}"]
         lines += [
-            f"**[{o.index}]** {o.text.strip()} *({len(o.token_ids)} tokens, {o.finish_reason})*"
+            f"**[{o.index}]** {html.escape(o.text.strip())} *({len(o.token_ids)} tokens, {o.finish_reason})*"
             for o in self.outputs
         ]
         return "\n\n".join(lines)

@@ -55,6 +55,8 @@ def open_backend(arguments: argparse.Namespace) -> Backend:
     """
     options = engine_options(arguments, without=_NOT_HERE)
     if arguments.server is None:
+        # One prompt at a time needs no more slots than it has completions, and so fewer programs to compile.
+        options.setdefault("max_num_seqs", min(max(getattr(arguments, "n", 1), 1), 16))
         EngineConfig.from_flat(options)  # a wrong value should not have to wait for the import of jax
         from jaxserve.engine.llm import LLM
 

@@ -35,7 +35,8 @@ def main(argv: list[str]) -> int:
     server_config = ServerConfig(**given(arguments, ServerConfig))
     options = engine_options(arguments)
     EngineConfig.from_flat(options)  # a wrong value should not have to wait for the import of jax
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("jaxserve").setLevel(logging.INFO)
 
     from jaxserve.server.app import serve
 

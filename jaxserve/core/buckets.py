@@ -34,7 +34,7 @@ class BucketLadder:
         return decode + [Bucket(tokens, self.mixed_rows) for tokens in self.mixed_tokens]
 
     def choose(self, num_tokens: int, num_rows: int, *, is_decode: bool) -> Bucket:
-        """Smallest bucket that holds a step. The scheduler keeps within the ladder, so there always is one."""
+        """Smallest bucket that holds a step; the scheduler keeps within the ladder, so there is one."""
         if is_decode:
             rows = self.decode_rows[bisect.bisect_left(self.decode_rows, num_rows)]
             return Bucket(rows, rows)

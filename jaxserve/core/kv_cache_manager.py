@@ -57,7 +57,7 @@ class KVCacheManager:
         return (prompt_tokens - 1) // self.page_size * self.page_size
 
     def share_prefix(self, parent: Request, child: Request, num_tokens: int) -> None:
-        """Lets ``child`` (which owns nothing yet) read the parent's first ``num_tokens`` tokens (whole pages)."""
+        """Lets ``child``, which owns nothing yet, read the parent's first ``num_tokens`` (whole pages)."""
         pages = parent.page_ids[: num_tokens // self.page_size]
         self._pool.share(pages)
         child.page_ids += pages

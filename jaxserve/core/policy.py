@@ -61,7 +61,7 @@ class CompositionPolicy(Protocol):
     """How the token budget of a step is spent on prefill; decodes come first and are never paused."""
 
     def chunk(self, remaining: int, budget_left: int) -> int:
-        """Tokens of a prompt with ``remaining`` uncomputed tokens to compute now; 0 ends the step's prefill."""
+        """Tokens to compute now of a prompt that lacks ``remaining``; 0 ends the step's prefill."""
         ...
 
 
@@ -120,8 +120,8 @@ class StaticAdmission:
 
 @final
 class DynamicAdmission:
-    """Request-level batches formed on arrival: a batch starts when it is full or its oldest request has waited
-    ``window_s`` seconds, and then runs to its end (Triton's dynamic batcher).
+    """Request-level batches formed on arrival (Triton's dynamic batcher): a batch starts when it is full or
+    its oldest request has waited ``window_s`` seconds, and then runs to its end.
     """
 
     holds_slots = True

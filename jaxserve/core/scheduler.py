@@ -181,7 +181,7 @@ class Scheduler:
         return plan
 
     def _grow_decodes(self, draft: _Draft) -> None:
-        """Gives every running request the page of its next token, taking victims' pages where none is left."""
+        """Gives each running request the page of its next token, taking a victim's pages if none is left."""
         page_size = self._kv.page_size
         for request in [r for r in self._running if r.num_tokens > len(r.page_ids) * page_size]:
             if request.status is not RequestStatus.RUNNING or not _may_decode(request):
@@ -234,7 +234,7 @@ class Scheduler:
                 draft.plan_row(request, chunk)
 
     def _shareable_prefix(self, request: Request, draft: _Draft) -> int | None:
-        """Prompt tokens whose pages a sibling already holds; None while the sibling is still computing them."""
+        """Prompt tokens whose pages a sibling holds already; None while it is still computing them."""
         parent = self._live.get(request.parent_id) if request.parent_id is not None else None
         if parent is None or parent.status is not RequestStatus.RUNNING:
             return 0
@@ -339,7 +339,7 @@ class Scheduler:
         self._in_flight.clear()
 
     def _leave(self, request: Request, reason: FinishReason, now: float, *, holds_slot: bool = False) -> None:
-        """Takes a live request out of queue or slots. With ``holds_slot`` it keeps both slot and pages for now."""
+        """Takes a live request out of queue or slots; with ``holds_slot`` it keeps slot and pages for now."""
         if request.status is RequestStatus.RUNNING:
             self._running.remove(request)
             if holds_slot:
@@ -372,7 +372,7 @@ class Scheduler:
                 self.end(request, FinishReason.DEADLINE, now)
 
     def check_integrity(self) -> None:
-        """Raises RuntimeError if pages or slots are lost, doubled, or owned by someone who should have none."""
+        """Raises RuntimeError if pages or slots are lost, doubled, or with someone who should have none."""
         holders = [*self._running, *self._held]
         self._kv.check_integrity(holders)
         taken = [request.slot for request in holders if request.slot is not None]

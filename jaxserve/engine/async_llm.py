@@ -18,7 +18,7 @@ from jaxserve.validation import RequestLimits
 
 
 class _Streams:
-    """The streams of one event loop: the engine's thread wakes it once a step, whatever the number of streams.
+    """The streams of one event loop: the engine's thread wakes it once a step, however many there are.
 
     Outputs are cumulative, so a slow reader finds the newest one only: nothing piles up for it.
     """

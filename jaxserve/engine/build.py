@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from jaxserve import validation
 from jaxserve.config import EngineConfig
@@ -138,7 +138,9 @@ def make_runner(
     """Sizes an engine for its device, allocates slots and pages, compiles everything. Raises ConfigError."""
     resolved = resolve(config, model.platform, model.module.config, model.mesh)
     num_programs = count_programs(resolved.ladder.all(), admission_sizes(resolved.num_slots))
-    with tqdm(total=num_programs, desc="compiling", unit="program", disable=not progress) as bar:
+    with tqdm(
+        total=num_programs, desc="compiling, once (about a minute)", unit="program", disable=not progress
+    ) as bar:
         runner = ModelRunner(
             model.module,
             model.params,

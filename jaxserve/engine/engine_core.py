@@ -47,7 +47,6 @@ class EngineCore[Handle]:
         self._clock = clock
         self._depth = pipeline_depth
         self._in_flight: deque[_InFlight[Handle]] = deque()
-        self._unpredicted: list[Request] = []
         self._last_collected = clock()
         self.stats = EngineStats()
         self._timers = {stage: StageTimer(self.stats, stage, clock) for stage in STAGES}
@@ -62,9 +61,13 @@ class EngineCore[Handle]:
         return self._scheduler.has_work
 
     def add(self, request: Request) -> None:
-        """Queues a request; raises what `Scheduler.add` raises."""
+        """Predicts a request's length, so that its place in the queue may depend on it, and queues it.
+
+        Raises what `Scheduler.add` raises.
+        """
+        with self._timers["predict"]:
+            request.predicted_output_tokens = self._predictor.predict(request)
         self._scheduler.add(request)
-        self._unpredicted.append(request)
 
     def end(
         self,
@@ -80,10 +83,11 @@ class EngineCore[Handle]:
             self._scheduler.end(request, reason, self._clock(), stop_reason=stop_reason, error=error)
 
     def step(self) -> list[RequestUpdate]:
-        """Plans and launches one step, reads the oldest result that is due, and returns what changed."""
+        """Plans and launches one step, reads the oldest result that is due, and returns what changed.
+
+        The *predict* stage runs when a request is added; the other five run here.
+        """
         timers = self._timers
-        with timers["predict"]:
-            self._predict()
         with timers["schedule"]:
             plan = self._scheduler.schedule(self._clock())
         if plan is not None:
@@ -103,11 +107,11 @@ class EngineCore[Handle]:
             self._learn(done, result, now, updates)
         return self._finish_step(updates)
 
-    def fail(self, error: str) -> list[RequestUpdate]:
-        """Ends everything after the executor failed; the engine cannot go on."""
+    def stop(self, reason: FinishReason, error: str) -> list[RequestUpdate]:
+        """Ends everything at once, steps in flight included: the engine closes, or its executor failed."""
         self._in_flight.clear()
         self._scheduler.drop_in_flight()
-        self._scheduler.end_all(FinishReason.ERROR, self._clock(), error)
+        self._scheduler.end_all(reason, self._clock(), error)
         return self._scheduler.take_ended()
 
     def _finish_step(self, updates: list[RequestUpdate]) -> list[RequestUpdate]:
@@ -118,11 +122,6 @@ class EngineCore[Handle]:
                 reason = update.request.finish_reason.value
                 finished[reason] = finished.get(reason, 0) + 1
         return updates
-
-    def _predict(self) -> None:
-        for request in self._unpredicted:
-            request.predicted_output_tokens = self._predictor.predict(request)
-        self._unpredicted.clear()
 
     def _learn(
         self, done: _InFlight[Handle], result: StepResult, now: float, updates: list[RequestUpdate]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import html
 import queue
 from collections.abc import Generator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, cast
 
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from jaxserve.config import EngineConfig
 from jaxserve.engine.build import Engine, build_engine
@@ -155,7 +156,8 @@ class LLM:
     def _repr_html_(self) -> str:
         """Rich display in notebooks."""
         rows = "".join(
-            f"<tr><td>{key}</td><td>{value}</td></tr>" for key, value in self._engine.description.items()
+            f"<tr><td>{key}</td><td>{html.escape(str(value))}</td></tr>"
+            for key, value in self._engine.description.items()
         )
         return f"<table><caption>jaxserve.LLM</caption>{rows}</table>"
 

@@ -75,7 +75,7 @@ class EngineLoop:
                 raise DuplicateRequestError("request_id", group.id, "a request with this id is still running")
             if self._num_alive + len(group.requests) > self._max_alive:
                 raise QueueFullError(
-                    f"{self._num_alive} requests are running or waiting, at most {self._max_alive} may be; try again",
+                    f"{self._num_alive} requests are alive, at most {self._max_alive} may be; try again",
                     _RETRY_AFTER_S,
                 )
             self._mailboxes[group.id] = mailbox
@@ -117,12 +117,12 @@ class EngineLoop:
         try:
             while self._take_commands():
                 self._step()
-        except Exception as error:  # the boundary: whatever broke, every caller must hear of it
+        except Exception as error:  # noqa: BLE001 - whatever broke, every caller must hear of it
             _LOG.exception("the engine failed")
             message = f"the engine failed: {type(error).__name__}: {error}"
             self.refuse(message)
             self._take_waiting_commands()
-            self._deliver(self._outputs.process(self._core.fail(message)))
+            self._deliver(self._outputs.process(self._core.stop(FinishReason.ERROR, message)))
 
     def _take_commands(self) -> bool:
         """Runs what callers asked for; sleeps while there is nothing to do. False ends the thread."""
@@ -132,9 +132,8 @@ class EngineLoop:
             closing = self._closing
         self._take_waiting_commands()
         if closing:
-            self._core.scheduler.drop_in_flight()
-            self._core.scheduler.end_all(FinishReason.ABORT, time.monotonic(), "the engine was closed")
-            self._deliver(self._outputs.process(self._core.scheduler.take_ended()))
+            updates = self._core.stop(FinishReason.ABORT, "the engine was closed")
+            self._deliver(self._outputs.process(updates))
         return not closing
 
     def _take_waiting_commands(self) -> None:

@@ -55,7 +55,7 @@ class _Completion:
         return stop
 
     def finish(self, reason: FinishReason | None, stop_reason: int | str | None) -> str | None:
-        """Ends the completion; what an unfinished character left over becomes text, and may hold a stop string."""
+        """Ends the completion; bytes of an unfinished character become text, which may hold a stop string."""
         stop = None if isinstance(stop_reason, str) else self._extend(self._detokenizer.flush())
         self.output.text = self.text
         self.output.finish_reason = FinishReason.STOP if stop is not None else reason

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from jaxserve.errors import CheckpointError
 from jaxserve.loading.checkpoint import Checkpoint

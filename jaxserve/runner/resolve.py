@@ -74,8 +74,8 @@ def resolve(config: EngineConfig, platform: Platform, model: DecoderConfig, mesh
     max_model_len = min(wanted_len, (num_pages - 1) * layout.page_size)
     if config.model.max_model_len is not None and max_model_len < wanted_len:
         raise ConfigError(
-            f"max_model_len={wanted_len}: {num_pages} KV pages hold {max_model_len} tokens; give at most that, "
-            "fewer slots do not help, more memory_fraction or num_pages does"
+            f"max_model_len={wanted_len}: {num_pages} KV pages hold {max_model_len} tokens; "
+            "give at most that, or more num_pages or memory_fraction"
         )
     if max_model_len < layout.page_size:
         raise ConfigError(
@@ -91,7 +91,7 @@ def resolve(config: EngineConfig, platform: Platform, model: DecoderConfig, mesh
         watermark_pages=int(config.cache.watermark * num_pages),
     )
     _LOG.info(
-        "%s on %s x %d: %d slots, %d pages of %d tokens (%.2f GiB), context %d, decode rows %s, mixed tokens %s",
+        "%s on %s x %d: %d slots, %d pages of %d tokens (%.2f GiB), context %d, rows %s, mixed tokens %s",
         dtype,
         platform.name,
         mesh.size,
@@ -136,7 +136,7 @@ def _affordable_pages(
 
 
 def _temporary_bytes(model: DecoderConfig, ladder: BucketLadder, num_devices: int) -> int:
-    """Upper estimate of one step's temporaries: logits and their sampling copies, and a layer's activations."""
+    """Upper estimate of a step's temporaries: logits and their sampling copies, a layer's activations."""
     logits = 6 * 4 * ladder.mixed_rows * model.vocab_size
     widest = (
         model.hidden_size * 6

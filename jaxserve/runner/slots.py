@@ -89,5 +89,5 @@ def update_pages(page_table: jax.Array, updates: jax.Array) -> jax.Array:
 def write_sampled(
     tokens: jax.Array, slot: jax.Array, position: jax.Array, ids: jax.Array, samples: jax.Array
 ) -> jax.Array:
-    """Writes each sampled id where the next step of its slot reads it; rows that did not sample write nothing."""
+    """Writes each sampled id where its slot's next step reads it; rows that did not sample write nothing."""
     return tokens.at[jnp.where(samples, slot, tokens.shape[0]), position].set(ids, mode="drop")

@@ -55,7 +55,7 @@ def test_plans_of_two_requests_by_hand() -> None:
 
 
 def test_seed_article_trace_refills_at_once() -> None:
-    """Four slots, outputs 50/200/30/150: request 3 leaves at step 30 and request 5 takes its slot in step 31."""
+    """Outputs 50/200/30/150 on four slots: when request 3 leaves, request 5 takes its slot at once."""
     core, fake = make_core(num_slots=4, num_pages=1000, pipeline_depth=0, token_budget=64)
     for index, length in enumerate([50, 200, 30, 150, 80, 100], start=1):
         core.add(make_request(f"r{index}", [index], length))
@@ -295,7 +295,7 @@ def test_bad_logits_end_only_their_own_request() -> None:
 
 
 def test_admission_prices_the_whole_prompt() -> None:
-    """Eight usable pages: a prompt of 7 pages is not started beside one of 3, though its first chunk would fit."""
+    """Of 8 pages a prompt of 3 leaves 5: one of 7 must wait, though its first chunk would fit."""
     core, fake = make_core(num_pages=9, page_size=4, token_budget=16, num_slots=4, watermark_pages=0)
     core.add(make_request("small", list(range(12)), 2))
     core.add(make_request("large", list(range(28)), 2))

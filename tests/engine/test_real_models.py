@@ -44,7 +44,7 @@ def check_model(name: str, recorded: str) -> None:
 
 
 def check_case(case: dict[str, Any], got: Any) -> int:
-    """Fails unless the answers agree; returns 1 if they part at a near tie, after which nothing can be said."""
+    """Fails unless the answers agree; 1 if they part at a near tie, after which nothing can be said."""
     want = case["output_token_ids"]
     for step, (mine, theirs) in enumerate(zip(got.token_ids, want, strict=False)):
         if mine != theirs:
