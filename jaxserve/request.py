@@ -80,6 +80,12 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         validation.check_sampling_params(self)
+        # Copies: what the engine's thread reads later must be what was checked.
+        if not isinstance(self.stop, str):
+            object.__setattr__(self, "stop", tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        if self.logit_bias is not None:
+            object.__setattr__(self, "logit_bias", dict(self.logit_bias))
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

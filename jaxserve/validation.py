@@ -7,7 +7,7 @@ silently, so every id is bounded here, on the host, by the width of the logits.
 from __future__ import annotations
 
 import dataclasses
-import math
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -142,8 +142,11 @@ def check_timeout(timeout_s: object) -> None:
 
 
 def _check_int(field: str, value: object, low: int, high: int) -> None:
-    is_integer = isinstance(value, int) or hasattr(value, "__index__")
-    if isinstance(value, bool) or not is_integer or not low <= int(value) <= high:  # type: ignore[call-overload,arg-type]
+    try:
+        number = low - 1 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:  # among others numpy's bool and its arrays, which have an `__index__` that refuses
+        number = low - 1
+    if not low <= number <= high:
         raise ValidationError(field, value, f"must be an integer in [{low}, {high}]")
 
 
@@ -151,8 +154,7 @@ def _check_float(field: str, value: object, low: float, high: float) -> None:
     if (
         isinstance(value, bool)
         or not isinstance(value, int | float)
-        or not math.isfinite(value)
-        or not low <= value <= high
+        or not low <= value <= high  # also refuses NaN; `math.isfinite` would overflow on a huge integer
     ):
         raise ValidationError(field, value, f"must be a finite number in [{low:g}, {high:g}]")
 

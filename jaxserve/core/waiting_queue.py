@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from jaxserve.core.policy import OrderingPolicy, SortKey
 from jaxserve.request import Request
 
+_SLACK = 64  # former members that may be kept
+
 
 class WaitingQueue:
     """A heap by the ordering policy's key; removal in the middle is lazy.
@@ -31,6 +33,8 @@ class WaitingQueue:
         return request in self._members
 
     def push(self, request: Request) -> None:
+        if len(self._heap) + len(self._by_arrival) > 4 * len(self._members) + _SLACK:
+            self._forget_former_members()
         self._counter += 1
         self._members[request] = self._counter
         heapq.heappush(self._heap, (self._ordering.key(request), self._counter, request))
@@ -39,6 +43,12 @@ class WaitingQueue:
             self._by_arrival.append(request)
         else:  # a preempted request comes back
             self._by_arrival.appendleft(request)
+
+    def _forget_former_members(self) -> None:
+        """Those behind a first member that stays long would otherwise never be let go."""
+        self._heap = [entry for entry in self._heap if self._members.get(entry[2]) == entry[1]]
+        heapq.heapify(self._heap)
+        self._by_arrival = deque(dict.fromkeys(r for r in self._by_arrival if r in self._members))
 
     def peek(self) -> Request | None:
         """The first request, or None."""

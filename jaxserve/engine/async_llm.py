@@ -17,6 +17,17 @@ from jaxserve.request import SamplingParams
 from jaxserve.validation import RequestLimits
 
 
+class _Stream:
+    """One open stream: its newest output if that was not taken yet, and who waits for it."""
+
+    __slots__ = ("group", "newest", "waiter")
+
+    def __init__(self, group: RequestGroup) -> None:
+        self.group = group
+        self.newest: RequestOutput | None = None
+        self.waiter: asyncio.Future[None] | None = None
+
+
 class _Streams:
     """The streams of one event loop: the engine's thread wakes it once a step, however many there are.
 
@@ -25,8 +36,9 @@ class _Streams:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        self._newest: dict[str, RequestOutput | None] = {}  # open streams; None: taken already
-        self._waiters: dict[str, asyncio.Future[None]] = {}
+        # By the prompt, the very list that a request and its outputs share: a caller may use an id again as
+        # soon as its request has ended, while that one's last output is still on its way or unread.
+        self._open: dict[int, _Stream] = {}
 
     def deliver(self, outputs: list[RequestOutput]) -> None:
         """The mailbox; called on the engine's thread."""
@@ -36,29 +48,29 @@ class _Streams:
 
     def _accept(self, outputs: list[RequestOutput]) -> None:
         for output in outputs:
-            if output.request_id not in self._newest:
+            stream = self._open.get(id(output.prompt_token_ids))
+            if stream is None:
                 continue  # the stream was closed before its request ended
-            self._newest[output.request_id] = output
-            waiter = self._waiters.pop(output.request_id, None)
-            if waiter is not None and not waiter.done():
-                waiter.set_result(None)
+            stream.newest = output
+            if stream.waiter is not None and not stream.waiter.done():
+                stream.waiter.set_result(None)
 
-    def open(self, group_id: str) -> None:
+    def open(self, group: RequestGroup) -> _Stream:
         """Begins a stream."""
-        self._newest[group_id] = None
+        stream = self._open[id(group.prompt_token_ids)] = _Stream(group)
+        return stream
 
-    async def next(self, group_id: str) -> RequestOutput:
+    async def next(self, stream: _Stream) -> RequestOutput:
         """The newest output that was not taken yet."""
-        while (output := self._newest[group_id]) is None:
-            waiter = self._waiters[group_id] = self.loop.create_future()
-            await waiter
-        self._newest[group_id] = None
+        while (output := stream.newest) is None:
+            stream.waiter = self.loop.create_future()
+            await stream.waiter
+        stream.newest = None
         return output
 
-    def close(self, group_id: str) -> None:
+    def close(self, stream: _Stream) -> None:
         """Ends a stream; what is still to come for it is dropped."""
-        self._newest.pop(group_id, None)
-        self._waiters.pop(group_id, None)
+        del self._open[id(stream.group.prompt_token_ids)]
 
 
 class AsyncLLM:
@@ -188,14 +200,14 @@ class AsyncLLM:
             streams = self._streams[loop] = _Streams(loop)
         self._engine.loop.submit(group, streams.deliver, streams=True)
         # `_accept` runs on this loop, so it cannot run before the next await: opening here misses nothing.
-        streams.open(group.id)
+        stream = streams.open(group)
         finished = False
         try:
             while not finished:
-                output = await streams.next(group.id)
+                output = await streams.next(stream)
                 finished = output.finished
                 yield output
         finally:
             if not finished:
-                self._engine.loop.abort(group.id)
-            streams.close(group.id)
+                self._engine.loop.abort(group.id, only=group)
+            streams.close(stream)

@@ -95,11 +95,12 @@ class InputProcessor:
         )
         now = self._clock()
         longest = min(self.limits.max_model_len, self.limits.num_cache_tokens) - len(token_ids)
-        seed = self._rng.getrandbits(32) if params.seed is None else params.seed
+        seed = self._rng.getrandbits(32) if params.seed is None else operator.index(params.seed)
         ends = set(params.stop_token_ids)
         if not params.ignore_eos:
             ends |= set(self.tokenizer.eos_token_ids)
-        ids = [group_id] if params.n == 1 else [f"{group_id}.{index}" for index in range(params.n)]
+        # With a character that no caller's id may have: nobody's request is called like a completion.
+        ids = [group_id] if params.n == 1 else [f"{group_id}#{index}" for index in range(params.n)]
         requests = tuple(
             Request(
                 id=child_id,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import html
+import numbers
 import queue
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, cast
 
@@ -97,7 +98,7 @@ class LLM:
             ValidationError: for the first prompt that is not allowed; nothing was started.
             InterruptedGenerationError: on Ctrl-C; holds what was done.
         """
-        listed = [cast(Prompt, prompts)] if _is_one_prompt(prompts) else list(cast(Sequence[Prompt], prompts))
+        listed = _listed(prompts)
         params = _params_for(listed, sampling_params, SamplingParams())
         make = self._engine.inputs.from_prompt
         groups = [make(prompt, p, priority=priority) for prompt, p in zip(listed, params, strict=True)]
@@ -114,6 +115,8 @@ class LLM:
 
         Default parameters: as long as the model goes on or the context allows. Raises as `generate`.
         """
+        if not isinstance(messages, Sequence):
+            raise ValidationError("messages", messages, "must be a list of {'role': ..., 'content': ...}")
         is_one = len(messages) > 0 and isinstance(messages[0], Mapping)
         listed = [cast(Messages, messages)] if is_one else list(cast(Sequence[Messages], messages))
         params = _params_for(listed, sampling_params, SamplingParams(max_tokens=None))
@@ -198,10 +201,14 @@ class LLM:
                 self._engine.loop.abort(group.id)
 
 
-def _is_one_prompt(prompts: object) -> bool:
+def _listed(prompts: Any) -> list[Prompt]:
+    """One prompt or several as a list; numpy's arrays and integers are lists and integers, too."""
     if isinstance(prompts, str | bytes | Mapping):
-        return True
-    return isinstance(prompts, Sequence) and len(prompts) > 0 and isinstance(prompts[0], int)
+        return [cast(Prompt, prompts)]
+    if not isinstance(prompts, Iterable):
+        raise ValidationError("prompts", prompts, "must be a prompt or a list of prompts")
+    items = list(cast(Iterable[Any], prompts))
+    return [items] if items and isinstance(items[0], numbers.Integral) else items
 
 
 def _params_for[T](

@@ -6,6 +6,7 @@ notebook talk to this thread through a queue, and get their outputs in a mailbox
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -13,6 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from jaxserve.core.scheduler import RequestUpdate
 from jaxserve.engine.engine_core import EngineCore
 from jaxserve.engine.input_processor import RequestGroup
 from jaxserve.engine.output_processor import OutputProcessor
@@ -83,10 +85,13 @@ class EngineLoop:
             self._commands.append(lambda: self._add(group, streams))
             self._wake.notify()
 
-    def abort(self, group_id: str) -> None:
-        """Ends a group if it is alive; its mailbox gets a last output with finish reason ``abort``."""
+    def abort(self, group_id: str, *, only: RequestGroup | None = None) -> None:
+        """Ends a group if it is alive; its mailbox gets a last output with finish reason ``abort``.
+
+        With ``only``, another group that has taken the id since then goes on.
+        """
         with self._wake:
-            self._commands.append(lambda: self._abort(group_id))
+            self._commands.append(lambda: self._abort(group_id, only))
             self._wake.notify()
 
     def refuse(self, why: str) -> None:
@@ -121,8 +126,20 @@ class EngineLoop:
             _LOG.exception("the engine failed")
             message = f"the engine failed: {type(error).__name__}: {error}"
             self.refuse(message)
-            self._take_waiting_commands()
-            self._deliver(self._outputs.process(self._core.stop(FinishReason.ERROR, message)))
+            self._end_everybody(message)
+
+    def _end_everybody(self, message: str) -> None:
+        """Nobody may wait for ever, however broken the engine's state is."""
+        updates: list[RequestUpdate] = []
+        while True:
+            with contextlib.suppress(Exception):
+                self._take_waiting_commands()
+                updates = self._core.stop(FinishReason.ERROR, message)
+            if not self._commands:
+                break
+        with contextlib.suppress(Exception):
+            self._deliver(self._outputs.process(updates))
+        self._deliver(self._outputs.fail_rest(message))
 
     def _take_commands(self) -> bool:
         """Runs what callers asked for; sleeps while there is nothing to do. False ends the thread."""
@@ -155,8 +172,8 @@ class EngineLoop:
         for request in group.requests:
             self._core.add(request)
 
-    def _abort(self, group_id: str) -> None:
-        for request_id in self._outputs.request_ids(group_id):
+    def _abort(self, group_id: str, only: RequestGroup | None) -> None:
+        for request_id in self._outputs.request_ids(group_id, only):
             self._core.end(request_id, FinishReason.ABORT)
 
     def _end_at_stop_string(self, request_id: str, stop: str) -> None:

@@ -41,6 +41,8 @@ class _Completion:
             return None
         searched = len(self.text)
         self.text += piece
+        if len(self.output.token_ids) <= self.request.params.min_tokens:
+            return None
         found: tuple[int, str] | None = None
         for stop in self._stops:
             at = self.text.find(stop, max(0, searched - len(stop) + 1))
@@ -75,10 +77,13 @@ class _Completion:
     def _held_back(self) -> int:
         longest = 0
         for stop in self._stops:
-            for length in range(min(len(stop) - 1, len(self.text)), longest, -1):
-                if self.text.endswith(stop[:length]):
-                    longest = length
-                    break
+            tail = self.text[len(self.text) - min(len(stop) - 1, len(self.text)) :]
+            # Only where the string's first character stands: stop strings may be many and long.
+            at = tail.find(stop[0])
+            while at >= 0 and len(tail) - at > longest:
+                if stop.startswith(tail[at:]):
+                    longest = len(tail) - at
+                at = tail.find(stop[0], at + 1)
         return longest
 
     def _logprobs(self, token_id: int, top: TopLogprobs) -> dict[int, Logprob]:
@@ -149,10 +154,10 @@ class OutputProcessor:
         for completion in state.completions:
             self._by_request[completion.request] = (state, completion)
 
-    def request_ids(self, group_id: str) -> list[str]:
-        """Ids of a live group's unfinished requests; empty if there is no such group."""
+    def request_ids(self, group_id: str, only: RequestGroup | None = None) -> list[str]:
+        """Ids of a live group's unfinished requests; empty if there is none, or it is not ``only``."""
         state = self._groups.get(group_id)
-        if state is None:
+        if state is None or (only is not None and state.group is not only):
             return []
         return [c.request.id for c in state.completions if c.output.finish_reason is None]
 
@@ -181,3 +186,16 @@ class OutputProcessor:
             if group.num_open == 0:
                 del self._groups[group.group.id]
         return outputs
+
+    def fail_rest(self, error: str) -> list[RequestOutput]:
+        """Ends whatever is still open: for an engine that lost track of its requests."""
+        groups = list(self._groups.values())
+        for group in groups:
+            for completion in group.completions:
+                if completion.output.finish_reason is None:
+                    completion.request.error = error
+                    completion.finish(FinishReason.ERROR, None)
+            group.num_open = 0
+        self._groups.clear()
+        self._by_request.clear()
+        return [group.output() for group in groups]

@@ -38,8 +38,9 @@ class EngineStats:
 
     def padding_share(self) -> float:
         """Share of computed tokens that were padding."""
-        padded = sum(stats.padded_tokens for stats in self.buckets.values())
-        return padded / max(padded + sum(stats.tokens for stats in self.buckets.values()), 1)
+        buckets = list(self.buckets.values())  # at once: another thread's step may add one
+        padded = sum(stats.padded_tokens for stats in buckets)
+        return padded / max(padded + sum(stats.tokens for stats in buckets), 1)
 
 
 class StageTimer:

@@ -27,6 +27,7 @@ MAX_STOP_IDS = MAX_STOP_TOKEN_IDS + 16
 _LOWEST_KEY = -(2**31)
 _HIGHEST_KEY = 2**31 - 1
 _ARGMAX_BLOCK = 128
+_SMALLEST_TOP_P = 1e-30
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 
@@ -119,7 +120,8 @@ def sampling_rows(admissions: Sequence[Admission], count: int) -> SamplingState:
     columns: dict[str, Any] = {
         "temperature": column([p.temperature for p in params], 0.0, np.float32),
         "top_k": column([max(p.top_k, 0) for p in params], 0, np.int32),
-        "top_p": column([p.top_p for p in params], 1.0, np.float32),
+        # A share that float32 rounds to 0, or a device flushes to 0, would keep no token at all.
+        "top_p": column([max(p.top_p, _SMALLEST_TOP_P) for p in params], 1.0, np.float32),
         "min_p": column([p.min_p for p in params], 0.0, np.float32),
         "repetition_penalty": column([p.repetition_penalty for p in params], 1.0, np.float32),
         "presence_penalty": column([p.presence_penalty for p in params], 0.0, np.float32),
@@ -275,7 +277,8 @@ def gumbel_noise(seed: jax.Array, position: jax.Array, vocab: int) -> jax.Array:
     """
     token = jax.lax.broadcasted_iota(jnp.uint32, (seed.shape[0], vocab), 1)
     words = threefry(seed[:, None], position.astype(jnp.uint32)[:, None], token, jnp.zeros_like(token))
-    uniform = (words[0] >> 8).astype(jnp.float32) * 2.0**-24 + 2.0**-25  # in (0, 1)
+    # 23 bits, and halves: exact in float32. A 1 would be infinite noise: drawn, whatever its logit.
+    uniform = ((words[0] >> 9).astype(jnp.float32) + 0.5) * 2.0**-23
     return -jnp.log(-jnp.log(uniform))
 
 

@@ -228,7 +228,8 @@ class _Call:
         priority: int = 0,
         timeout_s: float | None = None,
     ) -> None:
-        params = params or SamplingParams()
+        # As the engine in the process: an answer to a conversation is as long as the model makes it.
+        params = params or (SamplingParams() if messages is None else SamplingParams(max_tokens=None))
         if messages is not None:
             self.request = pb.GenerateRequest(chat=requests.chat_to_proto(messages))
         else:

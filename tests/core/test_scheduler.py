@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxserve.core.plan import Bucket, PageUpdate, ScheduledRow, StepPlan
+from jaxserve.core.policy import PriorityOrder
+from jaxserve.core.waiting_queue import WaitingQueue
 from jaxserve.errors import DuplicateRequestError, QueueFullError
 from jaxserve.request import FinishReason, Request, RequestStatus
 from tests.support.engine_parts import ManualClock, make_core, make_request, random_prompt, run_to_end
@@ -270,6 +272,21 @@ def test_queue_is_bounded() -> None:
     core.add(make_request("b", [1], 1))
     with pytest.raises(QueueFullError):
         core.add(make_request("c", [1], 1))
+
+
+def test_a_request_that_waits_long_keeps_no_others_in_memory() -> None:
+    queue = WaitingQueue(PriorityOrder())
+    queue.push(make_request("bulk", [1], 1, priority=5))
+    for index in range(1000):
+        urgent = make_request(f"r{index}", [1], 1, arrival=float(index))
+        queue.push(urgent)
+        assert queue.peek() is urgent
+        assert queue.oldest_arrival == 0.0
+        queue.remove(urgent)
+    assert len(queue._heap) + len(queue._by_arrival) < 100
+    last = queue.peek()
+    assert last is not None
+    assert last.id == "bulk"
 
 
 def test_priority_order_runs_urgent_requests_first() -> None:

@@ -83,6 +83,38 @@ async def test_abort_by_id_and_reuse_of_the_id() -> None:
         assert again.outputs[0].token_ids == expected_tokens([2], 4, 3, 256)
 
 
+async def test_an_id_used_again_while_its_last_output_is_unread() -> None:
+    """The slow reader gets its own end, and leaving does not end the newcomer."""
+    engine, executor = make_engine(delay_s=0.002)
+    async with AsyncLLM.from_engine(engine) as llm:
+        params = [SamplingParams(max_tokens=n, seed=n, ignore_eos=True) for n in (5, 60)]
+        slow, left, new = (llm.generate([i + 1], params[i > 1], request_id="mine") for i in range(3))
+        await anext(slow)
+        await until_idle(llm)
+        await anext(left)
+        await until_idle(llm)
+        await anext(new)
+        await left.aclose()
+        assert (await last_of(slow)).outputs[0].token_ids == expected_tokens([1], 5, 5, 256)
+        executor.delay_s = 0.0
+        assert (await last_of(new)).outputs[0].token_ids == expected_tokens([3], 60, 60, 256)
+
+
+async def until_idle(llm: AsyncLLM) -> None:
+    while llm.engine.loop.num_alive:
+        await asyncio.sleep(0.002)
+
+
+async def test_no_id_is_that_of_a_completion() -> None:
+    engine, _ = make_engine(delay_s=0.002)
+    async with AsyncLLM.from_engine(engine) as llm:
+        several = llm.generate([1], SamplingParams(n=2, max_tokens=100), request_id="a")
+        await anext(several)
+        for name in ("a.0", "a.1", "a:0", "a-0", "a_0"):
+            assert (await last_of(llm.generate([1], request_id=name))).finished
+        assert (await last_of(several)).finished
+
+
 async def test_deadline_ends_a_request() -> None:
     engine, _ = make_engine(delay_s=0.005)
     async with AsyncLLM.from_engine(engine) as llm:

@@ -8,6 +8,7 @@ import math
 import signal
 import threading
 
+import numpy as np
 import pytest
 
 from jaxserve import LLM, SamplingParams
@@ -87,6 +88,30 @@ def test_stop_string_completed_by_the_last_bytes() -> None:
         assert (output.text, output.finish_reason) == ("x", FinishReason.STOP)
 
 
+def test_stop_strings_count_after_min_tokens() -> None:
+    engine, _ = make_engine(script=b"ab ab ab ab ")
+    with LLM.from_engine(engine) as llm:
+        params = SamplingParams(max_tokens=12, min_tokens=4, stop="ab")
+        output = llm.generate("p", params, use_tqdm=False)[0].outputs[0]
+        assert (output.text, len(output.token_ids)) == ("ab ", 5)
+
+
+def test_numpy_integers_are_integers() -> None:
+    engine, _ = make_engine()
+    with LLM.from_engine(engine) as llm:
+        params = SamplingParams(max_tokens=np.int32(4), seed=np.int32(7), n=np.uint8(2))  # type: ignore[arg-type]
+        for prompt in (np.array([1, 2]), list(np.array([1, 2]))):
+            (output,) = llm.generate(prompt, params, use_tqdm=False)  # type: ignore[arg-type]
+            assert [c.token_ids for c in output.outputs] == [
+                expected_tokens([1, 2], 7 + i, 4, 256) for i in range(2)
+            ]
+        for nothing in (None, 5):
+            with pytest.raises(ValidationError, match="prompts="):
+                llm.generate(nothing)  # type: ignore[arg-type]
+            with pytest.raises(ValidationError, match="messages="):
+                llm.chat(nothing)  # type: ignore[arg-type]
+
+
 def test_n_completions_differ_by_seed() -> None:
     engine, _ = make_engine()
     with LLM.from_engine(engine) as llm:
@@ -111,6 +136,8 @@ def test_n_completions_differ_by_seed() -> None:
         ({"text": "x"}, "prompt"),
         (b"bytes", "prompt"),
         (None, "prompt"),
+        ([np.array([1, 2])], "prompt_token_ids"),
+        ([np.bool_(True)], "prompt_token_ids"),
         ([7] * 512, "prompt_token_ids"),
     ],
 )
@@ -140,6 +167,9 @@ def test_a_prompt_too_long_is_a_capacity_error() -> None:
         ({"temperature": math.inf}, "temperature"),
         ({"temperature": -1}, "temperature"),
         ({"temperature": 1e308}, "temperature"),
+        ({"temperature": 10**400}, "temperature"),
+        ({"top_k": np.bool_(True)}, "top_k"),
+        ({"top_k": np.array([1, 2])}, "top_k"),
         ({"top_p": 0}, "top_p"),
         ({"top_p": 1.1}, "top_p"),
         ({"top_p": math.nan}, "top_p"),
@@ -259,6 +289,32 @@ def test_a_broken_executor_is_heard_of() -> None:
         assert "the device is gone" in output.error
         with pytest.raises(EngineClosedError, match="the device is gone"):
             llm.generate([[1]], use_tqdm=False)
+
+
+def test_a_broken_scheduler_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, _ = make_engine(delay_s=0.005)
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("lost count")
+
+    with LLM.from_engine(engine) as llm:
+        stream = llm.stream([1], SamplingParams(max_tokens=400))
+        next(stream)
+        monkeypatch.setattr(engine.loop.core, "stop", broken)
+        monkeypatch.setattr(engine.loop.core.scheduler, "schedule", broken)
+        last = list(stream)[-1].outputs[0]
+        assert (last.finish_reason, last.error) == (
+            FinishReason.ERROR,
+            "the engine failed: RuntimeError: lost count",
+        )
+
+
+def test_what_was_checked_cannot_be_changed() -> None:
+    bias, ends = {1: 1.0}, [3]
+    params = SamplingParams(logit_bias=bias, stop_token_ids=ends)
+    bias[-7] = 1e9
+    ends.append(-1)
+    assert (params.logit_bias, params.stop_token_ids) == ({1: 1.0}, (3,))
 
 
 def test_reprs_say_what_it_is() -> None:

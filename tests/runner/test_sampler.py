@@ -12,6 +12,7 @@ import pytest
 
 from jaxserve.core.plan import Admission
 from jaxserve.request import SamplingParams
+from jaxserve.runner import sampler
 from jaxserve.runner.sampler import (
     MAX_STOP_IDS,
     Sampled,
@@ -91,6 +92,7 @@ FILTERS: list[dict[str, Any]] = [
     {"top_k": VOCAB - 1},
     {"top_k": VOCAB + 5},
     {"top_p": 1e-6},
+    {"top_p": 1e-46},
     {"top_p": 0.5},
     {"top_p": 0.9},
     {"top_p": 0.999},
@@ -225,6 +227,14 @@ def test_gumbel_noise_is_finite_and_has_its_mean_and_variance() -> None:
     assert np.isfinite(noise).all()
     assert abs(noise.mean() - np.euler_gamma) < 0.015
     assert abs(noise.var() - np.pi**2 / 6) < 0.05
+
+
+@pytest.mark.parametrize("word", [0, 0xFFFFFFFF])
+def test_no_word_makes_infinite_noise(word: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Infinite noise would draw a token whatever its logit: at 262,144 tokens, in one draw of 64."""
+    monkeypatch.setattr(sampler, "threefry", lambda *keys: (jnp.full_like(keys[2], word), keys[3]))
+    noise = gumbel_noise(jnp.zeros(1, jnp.uint32), jnp.ones(1, jnp.int32), 3)
+    assert np.isfinite(np.asarray(jax.jit(lambda: noise)())).all()
 
 
 EDITS: list[dict[str, Any]] = [
