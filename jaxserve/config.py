@@ -129,6 +129,8 @@ class EngineConfig:
         }
         values: dict[str, Any] = {}
         rest = dict(options)
+        if isinstance(rest.get("model"), os.PathLike):
+            rest["model"] = os.fspath(rest["model"])
         for name, section in sections.items():
             names = {field.name for field in dataclasses.fields(section)}  # type: ignore[arg-type]
             mine = {key: rest.pop(key) for key in list(rest) if key in names}
@@ -199,22 +201,21 @@ def check(config: EngineConfig) -> None:
             value,
             "must be a positive integer",
         )
-    _require(
-        0.0 < cache.memory_fraction <= 1.0, "memory_fraction", cache.memory_fraction, "must be in (0, 1]"
-    )
-    _require(0.0 <= cache.watermark < 1.0, "watermark", cache.watermark, "must be in [0, 1)")
+    for name, share in (("memory_fraction", cache.memory_fraction), ("watermark", cache.watermark)):
+        _require(_is_number(share) and 0.0 <= share <= 1.0, name, share, "must be a number in [0, 1]")
     _require(
         scheduler.pipeline_depth in (0, 1, 2), "pipeline_depth", scheduler.pipeline_depth, "must be 0, 1 or 2"
     )
     _require(
-        0.0 <= scheduler.batch_window_s <= 3600.0,
+        _is_number(scheduler.batch_window_s) and 0.0 <= scheduler.batch_window_s <= 3600.0,
         "batch_window_s",
         scheduler.batch_window_s,
         "must be in [0, 3600]",
     )
     for name, ladder in (("token_buckets", runner.token_buckets), ("row_buckets", runner.row_buckets)):
         good = ladder is None or (
-            len(ladder) > 0
+            isinstance(ladder, tuple | list)
+            and len(ladder) > 0
             and all(_is_int(n) and n >= 1 for n in ladder)
             and list(ladder) == sorted(set(ladder))
         )
@@ -223,6 +224,10 @@ def check(config: EngineConfig) -> None:
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _require(good: bool, name: str, value: object, allowed: str) -> None:

@@ -153,6 +153,14 @@ class LatestVictim:
         return running[-1]
 
 
+@final
+class LeastUrgentVictim:
+    """Of those with the worst priority, whoever joined last."""
+
+    def choose(self, running: Sequence[Request]) -> Request:
+        return max(reversed(running), key=lambda request: request.priority)
+
+
 class Policies(NamedTuple):
     """One choice of each kind."""
 
@@ -165,6 +173,11 @@ class Policies(NamedTuple):
 ORDERINGS: dict[str, Callable[[], OrderingPolicy]] = {
     "fcfs": FirstComeFirstServed,
     "priority": PriorityOrder,
+}
+# An ordering and a choice of victims that contradict each other would preempt whom they have just admitted.
+VICTIMS: dict[str, Callable[[], VictimPolicy]] = {
+    "fcfs": LatestVictim,
+    "priority": LeastUrgentVictim,
 }
 ADMISSIONS: dict[str, Callable[[int, float], AdmissionPolicy]] = {
     "continuous": lambda batch_size, window_s: ContinuousAdmission(),
@@ -179,5 +192,5 @@ def make_policies(config: SchedulerConfig, num_slots: int) -> Policies:
         ordering=ORDERINGS[config.ordering](),
         admission=ADMISSIONS[config.batching](num_slots, config.batch_window_s),
         composition=ChunkedPrefill(),
-        victim=LatestVictim(),
+        victim=VICTIMS[config.ordering](),
     )

@@ -92,5 +92,9 @@ def _compile_all(
         return compiled
 
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-        futures = {key: pool.submit(compile_one, lower()) for key, lower in jobs.items()}
-        return {key: future.result() for key, future in futures.items()}
+        try:
+            futures = {key: pool.submit(compile_one, lower()) for key, lower in jobs.items()}
+            return {key: future.result() for key, future in futures.items()}
+        except BaseException:  # Ctrl-C must not wait for what has not begun
+            pool.shutdown(cancel_futures=True)
+            raise

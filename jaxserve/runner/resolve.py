@@ -77,7 +77,7 @@ def resolve(config: EngineConfig, platform: Platform, model: DecoderConfig, mesh
             f"max_model_len={wanted_len}: {num_pages} KV pages hold {max_model_len} tokens; "
             "give at most that, or more num_pages or memory_fraction"
         )
-    if max_model_len < layout.page_size:
+    if max_model_len < min(wanted_len, layout.page_size):
         raise ConfigError(
             f"memory_fraction={config.cache.memory_fraction}: no room for KV pages beside the weights"
         )

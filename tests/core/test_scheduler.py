@@ -298,6 +298,21 @@ def test_priority_order_runs_urgent_requests_first() -> None:
     assert order == ["urgent", "normal", "bulk"]
 
 
+def test_priority_order_preempts_the_least_urgent() -> None:
+    core, _ = make_core(num_slots=2, num_pages=8, page_size=4, watermark_pages=0, ordering="priority")
+    bulk, urgent = (
+        make_request("bulk", [1] * 8, 16, priority=5),
+        make_request("urgent", [2] * 8, 16, priority=0),
+    )
+    core.add(bulk)
+    core.step()
+    core.add(urgent)
+    run_to_end(core)
+    assert bulk.num_preemptions > 0
+    assert urgent.num_preemptions == 0
+    assert_right_tokens([bulk, urgent])
+
+
 def test_bad_logits_end_only_their_own_request() -> None:
     fake = FakeExecutor(8, 4, bad_requests=frozenset({"bad"}))
     core, _ = make_core(executor=fake)

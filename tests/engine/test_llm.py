@@ -233,8 +233,8 @@ def test_interrupt_keeps_what_is_done_and_the_engine() -> None:
     engine, executor = make_engine(delay_s=0.002)
     with LLM.from_engine(engine) as llm:
         params = [SamplingParams(max_tokens=n, seed=1, ignore_eos=True) for n in (2, 480)]
-        main = threading.main_thread().ident
-        assert main == threading.get_ident()
+        main = threading.get_ident()
+        assert main == threading.main_thread().ident, "signals interrupt the main thread only"
         timer = threading.Timer(0.2, lambda: signal.pthread_kill(main, signal.SIGINT))
         timer.start()
         with pytest.raises(InterruptedGenerationError, match="1 of 2 prompts were finished") as caught:
