@@ -47,11 +47,11 @@ def default_decode_rows(max_num_seqs: int, smallest: int) -> tuple[int, ...]:
 
 
 def default_mixed_tokens(token_budget: int, max_num_seqs: int) -> tuple[int, ...]:
-    """Powers of four from 32 that exceed the number of slots, ending with the budget.
+    """Powers of four from 64 that exceed the number of slots, ending with the budget.
 
     Longer than the slots, so that a bucket's shape tells a mixed step from a decode step.
     """
-    return _ladder((size for size in (32 << 2 * i for i in range(16)) if size > max_num_seqs), token_budget)
+    return _ladder((size for size in (64 << 2 * i for i in range(16)) if size > max_num_seqs), token_budget)
 
 
 def _ladder(sizes: Iterable[int], last: int) -> tuple[int, ...]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,31 +73,28 @@ def _make_attend(metadata: AttentionMetadata, mesh: Mesh, implementation: Implem
     heads = PartitionSpec(None, TENSOR_AXIS, None)
     pages = PartitionSpec(None, None, TENSOR_AXIS, None)
 
-    def attend(
-        q: jax.Array, k: jax.Array, v: jax.Array, kv_cache: jax.Array, options: AttentionOptions
-    ) -> tuple[jax.Array, jax.Array]:
-        def local(
-            q: jax.Array, k: jax.Array, v: jax.Array, kv_cache: jax.Array, metadata: AttentionMetadata
-        ) -> tuple[jax.Array, jax.Array]:
-            return ragged_paged_attention(
-                q,
-                k,
-                v,
-                kv_cache,
-                metadata,
-                scale=options.scale,
-                sliding_window=options.sliding_window,
-                soft_cap=options.soft_cap,
-                implementation=implementation,
-            )
-
+    @functools.cache  # traced once, not once a layer: layers differ in their options only
+    def kernel(scale: float, sliding_window: int | None, soft_cap: float | None) -> Callable[..., Any]:
+        attention = functools.partial(
+            ragged_paged_attention,
+            scale=scale,
+            sliding_window=sliding_window,
+            soft_cap=soft_cap,
+            implementation=implementation,
+        )
         sharded = jax.shard_map(
-            local,
+            attention,
             mesh=mesh,
             in_specs=(heads, heads, heads, pages, PartitionSpec()),
             out_specs=(heads, pages),
             check_vma=False,
         )
-        return sharded(q, k, v, kv_cache, metadata)
+        return jax.jit(sharded, inline=True)
+
+    def attend(
+        q: jax.Array, k: jax.Array, v: jax.Array, kv_cache: jax.Array, options: AttentionOptions
+    ) -> tuple[jax.Array, jax.Array]:
+        attention = kernel(options.scale, options.sliding_window, options.soft_cap)
+        return attention(q, k, v, kv_cache, metadata)
 
     return attend
