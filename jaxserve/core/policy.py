@@ -174,9 +174,8 @@ ORDERINGS: dict[str, Callable[[], OrderingPolicy]] = {
     "fcfs": FirstComeFirstServed,
     "priority": PriorityOrder,
 }
-# An ordering and a choice of victims that contradict each other would preempt whom they have just admitted.
+# Orderings for which the latest is the wrong victim: they would preempt whom they have just admitted.
 VICTIMS: dict[str, Callable[[], VictimPolicy]] = {
-    "fcfs": LatestVictim,
     "priority": LeastUrgentVictim,
 }
 ADMISSIONS: dict[str, Callable[[int, float], AdmissionPolicy]] = {
@@ -192,5 +191,5 @@ def make_policies(config: SchedulerConfig, num_slots: int) -> Policies:
         ordering=ORDERINGS[config.ordering](),
         admission=ADMISSIONS[config.batching](num_slots, config.batch_window_s),
         composition=ChunkedPrefill(),
-        victim=VICTIMS[config.ordering](),
+        victim=VICTIMS.get(config.ordering, LatestVictim)(),
     )
