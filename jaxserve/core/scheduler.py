@@ -222,7 +222,8 @@ class Scheduler:
             request = self._waiting.peek()
             if request is None or request.num_steps_in_flight > 0:  # a resumed request's tokens must be known
                 return
-            shared = self._shareable_prefix(request, draft)
+            # Siblings of one batch start together, and so each compute the prompt themselves.
+            shared = 0 if is_batch else self._shareable_prefix(request, draft)
             if shared is None or not self._has_room(request, shared):
                 return
             chunk = self._policies.composition.chunk(request.num_tokens - shared, draft.budget)

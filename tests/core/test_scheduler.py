@@ -216,6 +216,18 @@ def test_siblings_share_the_prompt_pages() -> None:
     assert fake.num_computed_tokens == 22 + 3 * 2 + 4 * 5, "20 shared tokens are computed once"
 
 
+@pytest.mark.parametrize("batching", ["static", "dynamic"])
+def test_siblings_do_not_cut_a_batch_short(batching: str) -> None:
+    core, fake = make_core(num_slots=4, pipeline_depth=0, batching=batching, batch_window_s=0.0)
+    prompt = list(range(1, 11))
+    requests = [make_request(f"r.{i}", prompt, 5, seed=i, parent_id="r.0" if i else None) for i in range(4)]
+    for request in requests:
+        core.add(request)
+    run_to_end(core)
+    assert len(plans(fake)[0].admissions) == 4
+    assert_right_tokens(requests)
+
+
 def test_abort_frees_everything_at_once() -> None:
     for depth in DEPTHS:
         core, _ = make_core(pipeline_depth=depth)
