@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import numbers
 import queue
+import weakref
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, cast
@@ -61,6 +62,9 @@ class LLM:
             options["model"] = model
         options.setdefault("max_queued_requests", _MAX_QUEUED_REQUESTS)
         self._engine = build_engine(EngineConfig.from_flat(options), progress=use_tqdm)
+        # A notebook cell that is run again drops its LLM without closing it; the engine's thread would keep
+        # weights and pages for ever.
+        weakref.finalize(self, self._engine.close)
 
     @classmethod
     def from_engine(cls, engine: Engine) -> Self:

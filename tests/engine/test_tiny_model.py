@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -158,6 +159,23 @@ def test_preempted_requests_continue_as_if_nothing_was(checkpoint: Path, llm: LL
         got = [output.outputs[0].token_ids for output in tight.generate(prompts, params, use_tqdm=False)]
         assert tight.stats()["num_preemptions"] >= 2
     assert got == want
+
+
+@pytest.mark.parametrize("how", ["close", "drop"])
+def test_an_engine_that_is_gone_holds_no_device_memory(how: str, checkpoint: Path) -> None:
+    def live_bytes() -> int:
+        gc.collect()
+        return sum(array.nbytes for array in jax.live_arrays())
+
+    before = live_bytes()
+    llm = LLM(str(checkpoint), **OPTIONS)
+    llm.generate([[1, 2]], SamplingParams(max_tokens=3), use_tqdm=False)
+    assert live_bytes() > before + 2**20, "weights and pages are somewhere"
+    if how == "close":
+        llm.close()
+    else:
+        del llm
+    assert live_bytes() <= before
 
 
 def test_min_tokens_masks_the_end(llm: LLM) -> None:
