@@ -16,6 +16,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxserve.errors import CheckpointError
+from jaxserve.models.pairs import is_paired
 
 Params = dict[str, jax.Array]
 
@@ -70,6 +71,8 @@ def param_specs(module: nnx.Module) -> dict[str, ParamSpec]:
 def bind[M: nnx.Module](module: M, params: Mapping[str, jax.Array]) -> M:
     """A module like this one whose parameters are the given arrays (or tracers); the given one is unchanged.
 
+    bfloat16 parameters may come as pairs (`jaxserve.models.pairs`), if the module will see one row.
+
     Raises:
         CheckpointError: if a parameter is missing, unknown, or has another shape or dtype.
     """
@@ -87,6 +90,8 @@ def _checked(path: str, param: Any, params: Mapping[str, jax.Array]) -> jax.Arra
     if path not in params:
         raise CheckpointError(f"parameter {path!r} is missing")
     array = params[path]
+    if is_paired(array) and spec.dtype == jax.numpy.bfloat16:
+        spec = dataclasses.replace(spec, shape=(*spec.shape[:-1], spec.shape[-1] // 2), dtype=array.dtype)
     if array.shape != spec.shape or array.dtype != spec.dtype:
         raise CheckpointError(
             f"parameter {path!r} is {array.dtype}{list(array.shape)}, "

@@ -148,6 +148,7 @@ def make_runner(
             resolved,
             config.runner.attention,
             run_each_once=model.platform.slow_first_run,
+            pairs_single_rows=model.platform.pairs_single_rows,
             on_compiled=bar.update,
         )
     return resolved, runner

@@ -38,8 +38,14 @@ class Platform(Protocol):
         """Whether a program's first run costs more than the next, so that warm-up should run each once."""
         ...
 
-    def smallest_rows(self, dtype: str) -> int:
+    @property
+    def smallest_rows(self) -> int:
         """Rows below which a decode step gains nothing."""
+        ...
+
+    @property
+    def pairs_single_rows(self) -> bool:
+        """Whether programs of one row read bfloat16 weights as pairs (`jaxserve.models.pairs`)."""
         ...
 
     def cache_bytes(self, memory_fraction: float, device: jax.Device, reserve_bytes: int) -> int:

@@ -20,10 +20,8 @@ class Cpu:
     default_max_num_seqs = 16
     default_token_budget = 256
     slow_first_run = False
-
-    def smallest_rows(self, dtype: str) -> int:
-        # XLA:CPU has no fast product of one bfloat16 row with a matrix (measured: six times a pair's time).
-        return 1 if dtype == "float32" else 2
+    smallest_rows = 1
+    pairs_single_rows = True
 
     def cache_bytes(self, memory_fraction: float, device: jax.Device, reserve_bytes: int) -> int:
         free = int(psutil.virtual_memory().available * memory_fraction / 3) - reserve_bytes

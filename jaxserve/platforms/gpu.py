@@ -18,9 +18,8 @@ class Gpu:
     default_max_num_seqs = 256
     default_token_budget = 2048
     slow_first_run = True
-
-    def smallest_rows(self, dtype: str) -> int:
-        return 1
+    smallest_rows = 1
+    pairs_single_rows = False
 
     def cache_bytes(self, memory_fraction: float, device: jax.Device, reserve_bytes: int) -> int:
         return device_memory_left(memory_fraction, device, reserve_bytes)

@@ -18,9 +18,8 @@ class Tpu:
     default_max_num_seqs = 128
     default_token_budget = 2048
     slow_first_run = True
-
-    def smallest_rows(self, dtype: str) -> int:
-        return 8  # the sublanes of a vector register: fewer rows cost the same
+    smallest_rows = 8  # the sublanes of a vector register: fewer rows cost the same
+    pairs_single_rows = False
 
     def cache_bytes(self, memory_fraction: float, device: jax.Device, reserve_bytes: int) -> int:
         return device_memory_left(memory_fraction, device, reserve_bytes)

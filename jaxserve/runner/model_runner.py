@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxserve.core.batch import StepBatch, prepare
 from jaxserve.core.plan import Admission, Bucket, StepPlan, StepResult, TopLogprobs
 from jaxserve.models.decoder import Decoder
+from jaxserve.models.pairs import pair_views
 from jaxserve.models.params import Params
 from jaxserve.models.sharding import TENSOR_AXIS
 from jaxserve.pallas_kernels.ragged_paged_attention.api import Implementation
@@ -53,9 +54,12 @@ class ModelRunner:
         implementation: Implementation,
         *,
         run_each_once: bool,
+        pairs_single_rows: bool,
         on_compiled: Callable[[], object] = lambda: None,
     ) -> None:
         self._params = params
+        # Views of the same memory; a mesh of several devices would cut pairs apart.
+        self._single_row_params = pair_views(params) if pairs_single_rows and mesh.size == 1 else params
         self._resolved = resolved
         self._admission_sizes = admission_sizes(resolved.num_slots)
         self._logprob_counts = [-1] * resolved.num_slots
@@ -70,7 +74,7 @@ class ModelRunner:
             implementation,
             buckets=resolved.ladder.all(),
             admission_sizes=self._admission_sizes,
-            params=params,
+            params_of=self._params_of,
             caches=self._caches,
             slots=self._slots,
             on_compiled=on_compiled,
@@ -118,13 +122,16 @@ class ModelRunner:
 
     def close(self) -> None:
         """Drops every reference to device memory."""
-        del self._params, self._caches, self._slots, self._programs
+        del self._params, self._single_row_params, self._caches, self._slots, self._programs
 
     def _run(self, bucket: Bucket, rows: Any, page_updates: Any) -> Sampled:
         self._caches, self._slots, sampled = self._programs.step(bucket)(
-            self._params, self._caches, self._slots, rows, page_updates
+            self._params_of(bucket), self._caches, self._slots, rows, page_updates
         )
         return sampled
+
+    def _params_of(self, bucket: Bucket) -> Params:
+        return self._single_row_params if bucket.tokens == 1 else self._params
 
     def _run_empty(self, bucket: Bucket) -> None:
         batch = self.prepare(StepPlan(step=0, rows=(), bucket=bucket))

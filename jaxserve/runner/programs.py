@@ -37,7 +37,7 @@ class Programs:
         *,
         buckets: Iterable[Bucket],
         admission_sizes: Iterable[int],
-        params: Params,
+        params_of: Callable[[Bucket], Params],
         caches: Caches,
         slots: SlotState,
         on_compiled: Callable[[], object],
@@ -52,7 +52,7 @@ class Programs:
             )
             rows = jax.ShapeDtypeStruct((NUM_ROW_FIELDS, bucket.rows), jnp.int32, sharding=replicated)
             pages = jax.ShapeDtypeStruct((NUM_PAGE_FIELDS, bucket.rows), jnp.int32, sharding=replicated)
-            jobs[bucket] = _job(step, params, caches, slots, rows, pages)
+            jobs[bucket] = _job(step, params_of(bucket), caches, slots, rows, pages)
         write = jax.jit(write_rows, donate_argnums=0, out_shardings=replicated)
         for size in admission_sizes:
             index = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=replicated)

@@ -60,7 +60,7 @@ def resolve(config: EngineConfig, platform: Platform, model: DecoderConfig, mesh
     """
     dtype = resolve_dtype(config, platform)
     num_slots = config.scheduler.max_num_seqs or platform.default_max_num_seqs
-    ladder = _ladder(config, platform, dtype, num_slots)
+    ladder = _ladder(config, platform, num_slots)
     layout = KVLayout(config.cache.page_size, model.num_kv_heads, model.head_dim, jnp.dtype(dtype))
     wanted_len = config.model.max_model_len or model.max_position_embeddings
     if wanted_len > model.max_position_embeddings:
@@ -106,12 +106,12 @@ def resolve(config: EngineConfig, platform: Platform, model: DecoderConfig, mesh
     return resolved
 
 
-def _ladder(config: EngineConfig, platform: Platform, dtype: str, num_slots: int) -> BucketLadder:
+def _ladder(config: EngineConfig, platform: Platform, num_slots: int) -> BucketLadder:
     runner = config.runner
     budget = config.scheduler.max_num_batched_tokens or max(platform.default_token_budget, 2 * num_slots)
     if budget <= num_slots:
         raise ConfigError(f"max_num_batched_tokens={budget}: must exceed max_num_seqs={num_slots}")
-    rows = runner.row_buckets or default_decode_rows(num_slots, platform.smallest_rows(dtype))
+    rows = runner.row_buckets or default_decode_rows(num_slots, platform.smallest_rows)
     if rows[-1] < num_slots:
         raise ConfigError(f"row_buckets={rows}: the last must be at least max_num_seqs={num_slots}")
     tokens = runner.token_buckets or default_mixed_tokens(budget, rows[-1])

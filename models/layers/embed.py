@@ -8,6 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxserve.models.layers.linear import linear
+from jaxserve.models.pairs import is_paired, unpair
 from jaxserve.models.params import declare
 
 
@@ -19,7 +20,8 @@ class Embedding(nnx.Module):
 
     def __call__(self, token_ids: jax.Array) -> jax.Array:
         """Rows of int32 [T] ids, each in [0, vocab): [T, hidden]. Ids are checked on the host."""
-        return jnp.take(self.weight[...], token_ids, axis=0, mode="clip")
+        rows = jnp.take(self.weight[...], token_ids, axis=0, mode="clip")
+        return unpair(rows) if is_paired(rows) else rows
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[R, hidden] -> float32 [R, vocab]."""

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxserve.models.pairs import is_paired, multiply_row
+
 
 def linear(
     x: jax.Array, weight: jax.Array, bias: jax.Array | None = None, *, contracting: int = 1
@@ -16,7 +18,7 @@ def linear(
 
     Args:
         x: [T, *K] with ``contracting`` axes in K.
-        weight: [*N, *K], same dtype as x.
+        weight: [*N, *K], same dtype as x; or pairs (`jaxserve.models.pairs`), if T is 1.
         bias: [*N] or None.
         contracting: number of axes that are summed over.
 
@@ -26,15 +28,20 @@ def linear(
     kept, summed = weight.shape[: weight.ndim - contracting], weight.shape[weight.ndim - contracting :]
     # Two plain matrices: XLA:CPU would transpose a weight of more dimensions in every call. Merging axes
     # costs nothing, on a mesh too, because only the first of the axes merged here is ever cut.
-    depth = math.prod(summed)
-    out = lax.dot_general(
-        x.reshape(x.shape[0], depth),
-        weight.reshape(math.prod(kept), depth),
-        (((1,), (1,)), ((), ())),
-        # Without this GPUs would multiply float32 in TF32 and TPUs in bfloat16.
-        precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32,
-    ).reshape(x.shape[0], *kept)
+    rows = x.reshape(x.shape[0], -1)
+    matrix = weight.reshape(math.prod(kept), math.prod(summed))
+    if is_paired(weight):
+        out = multiply_row(rows, matrix)
+    else:
+        out = lax.dot_general(
+            rows,
+            matrix,
+            (((1,), (1,)), ((), ())),
+            # Without this GPUs would multiply float32 in TF32 and TPUs in bfloat16.
+            precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
+            preferred_element_type=jnp.float32,
+        )
+    out = out.reshape(x.shape[0], *kept)
     if bias is not None:
         out = out + bias.astype(jnp.float32)[None]
     return out
