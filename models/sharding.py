@@ -40,6 +40,27 @@ class ShardingRules:
         return PartitionSpec(*(mapping[axis] for axis in axes))
 
 
+# Logical axes of what is not a parameter; an array that names none is whole on every device.
+HEADS_AXES = (None, "kv_heads", None)  # queries, keys and values of a step: [tokens, heads, head_dim]
+KV_CACHE_AXES = (None, None, "kv_heads", None)  # `jaxserve.pallas_kernels.layout.KVLayout`
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Placement:
+    """A mesh and the rules by which arrays are cut over it."""
+
+    mesh: Mesh
+    rules: ShardingRules = ShardingRules()
+
+    def spec(self, axes: Sequence[str | None] = ()) -> PartitionSpec:
+        """The spec of an array with these logical axes; with none, of one that is whole everywhere."""
+        return self.rules.partition_spec(axes)
+
+    def sharding(self, axes: Sequence[str | None] = ()) -> NamedSharding:
+        """The sharding of an array with these logical axes."""
+        return NamedSharding(self.mesh, self.spec(axes))
+
+
 def make_mesh(tensor_parallel_size: int, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of the first ``tensor_parallel_size`` devices along the axis "tensor".
 

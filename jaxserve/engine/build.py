@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import Mesh
 from tqdm import tqdm
 
 from jaxserve import validation
@@ -31,7 +30,7 @@ from jaxserve.loading.weights import load_params
 from jaxserve.models.decoder import Decoder
 from jaxserve.models.params import Params
 from jaxserve.models.registry import find_family
-from jaxserve.models.sharding import ShardingRules, check_divisible, make_mesh
+from jaxserve.models.sharding import Placement, check_divisible, make_mesh
 from jaxserve.platforms import Platform, select_platform
 from jaxserve.runner.model_runner import ModelRunner, admission_sizes
 from jaxserve.runner.programs import count_programs
@@ -94,7 +93,7 @@ class LoadedModel(NamedTuple):
 
     name: str
     platform: Platform
-    mesh: Mesh
+    placement: Placement
     module: Decoder
     params: Params
     tokenizer: Tokenizer
@@ -123,20 +122,22 @@ def load_model(config: EngineConfig, *, progress: bool = True) -> LoadedModel:
     model_config = family.config_from_hf(checkpoint.hf_config)
     tokenizer = load_tokenizer(source, config.model.tokenizer)
     mesh = make_mesh(config.parallel.tensor_parallel_size, jax.devices(platform.name))
-    rules = ShardingRules()
-    check_divisible(model_config, mesh, rules)
+    placement = Placement(mesh)
+    check_divisible(model_config, mesh, placement.rules)
     module = Decoder(model_config, resolve_dtype(config, platform))
-    params = load_params(checkpoint, module, family.weight_map(model_config), mesh, rules, progress=progress)
+    params = load_params(
+        checkpoint, module, family.weight_map(model_config), mesh, placement.rules, progress=progress
+    )
     # A path is nobody's business on the other end of a wire.
     name = source.path.name if Path(source.name).expanduser().exists() else source.name
-    return LoadedModel(name, platform, mesh, module, params, tokenizer)
+    return LoadedModel(name, platform, placement, module, params, tokenizer)
 
 
 def make_runner(
     config: EngineConfig, model: LoadedModel, *, progress: bool = True
 ) -> tuple[ResolvedConfig, ModelRunner]:
     """Sizes an engine for its device, allocates slots and pages, compiles everything. Raises ConfigError."""
-    resolved = resolve(config, model.platform, model.module.config, model.mesh)
+    resolved = resolve(config, model.platform, model.module.config, model.placement.mesh)
     num_programs = count_programs(resolved.ladder.all(), admission_sizes(resolved.num_slots))
     with tqdm(
         total=num_programs, desc="compiling, once (about a minute)", unit="program", disable=not progress
@@ -144,7 +145,7 @@ def make_runner(
         runner = ModelRunner(
             model.module,
             model.params,
-            model.mesh,
+            model.placement,
             resolved,
             config.runner.attention,
             run_each_once=model.platform.slow_first_run,
@@ -203,7 +204,7 @@ def make_engine(
         name=model.name,
         loop=EngineLoop(core, model.tokenizer, config.scheduler.max_queued_requests + resolved.num_slots),
         inputs=InputProcessor(model.tokenizer, limits, time.monotonic, random.Random(config.seed)),
-        description=_describe(model.name, model.platform.name, model.mesh.size, resolved),
+        description=_describe(model.name, model.platform.name, model.placement.mesh.size, resolved),
         on_close=on_close,
         count_compiles=lambda: runner.compiles_after_warmup,
     )

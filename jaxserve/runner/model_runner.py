@@ -9,14 +9,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxserve.core.batch import StepBatch, prepare
 from jaxserve.core.plan import Admission, Bucket, StepPlan, StepResult, TopLogprobs
 from jaxserve.models.decoder import Decoder
 from jaxserve.models.pairs import pair_views
 from jaxserve.models.params import Params
-from jaxserve.models.sharding import TENSOR_AXIS
+from jaxserve.models.sharding import KV_CACHE_AXES, Placement
 from jaxserve.pallas_kernels.ragged_paged_attention.api import Implementation
 from jaxserve.runner.compile_counter import compile_counter
 from jaxserve.runner.programs import Programs
@@ -49,7 +48,7 @@ class ModelRunner:
         self,
         module: Decoder,
         params: Params,
-        mesh: Mesh,
+        placement: Placement,
         resolved: ResolvedConfig,
         implementation: Implementation,
         *,
@@ -59,18 +58,20 @@ class ModelRunner:
     ) -> None:
         self._params = params
         # Views of the same memory; a mesh of several devices would cut pairs apart.
-        self._single_row_params = pair_views(params) if pairs_single_rows and mesh.size == 1 else params
+        self._single_row_params = (
+            pair_views(params) if pairs_single_rows and placement.mesh.size == 1 else params
+        )
         self._resolved = resolved
         self._admission_sizes = admission_sizes(resolved.num_slots)
         self._logprob_counts = [-1] * resolved.num_slots
-        replicated = NamedSharding(mesh, PartitionSpec())
+        replicated = placement.sharding()
         self._slots: SlotState = jax.device_put(
             empty_slots(resolved.num_slots, resolved.max_model_len, resolved.layout.page_size), replicated
         )
-        self._caches: Caches = _empty_caches(resolved, module.config.num_layers, mesh)
+        self._caches: Caches = _empty_caches(resolved, module.config.num_layers, placement)
         self._programs = Programs(
             module,
-            mesh,
+            placement,
             implementation,
             buckets=resolved.ladder.all(),
             admission_sizes=self._admission_sizes,
@@ -155,8 +156,8 @@ class ModelRunner:
             self._slots = self._programs.admit(size)(self._slots, index, rows)
 
 
-def _empty_caches(resolved: ResolvedConfig, num_layers: int, mesh: Mesh) -> Caches:
-    sharding = NamedSharding(mesh, PartitionSpec(None, None, TENSOR_AXIS, None))
+def _empty_caches(resolved: ResolvedConfig, num_layers: int, placement: Placement) -> Caches:
+    sharding = placement.sharding(KV_CACHE_AXES)
     shape, dtype = resolved.layout.shape(resolved.num_pages), resolved.layout.dtype
     make = jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=sharding)
     return tuple(make() for _ in range(num_layers))

@@ -13,12 +13,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxserve.core.batch import NUM_PAGE_FIELDS, NUM_ROW_FIELDS
 from jaxserve.core.plan import Bucket
 from jaxserve.models.decoder import Decoder
 from jaxserve.models.params import Params
+from jaxserve.models.sharding import Placement
 from jaxserve.pallas_kernels.ragged_paged_attention.api import Implementation
 from jaxserve.runner.slots import SlotState, write_rows
 from jaxserve.runner.step import Caches, make_step
@@ -32,7 +32,7 @@ class Programs:
     def __init__(
         self,
         module: Decoder,
-        mesh: Mesh,
+        placement: Placement,
         implementation: Implementation,
         *,
         buckets: Iterable[Bucket],
@@ -42,11 +42,11 @@ class Programs:
         slots: SlotState,
         on_compiled: Callable[[], object],
     ) -> None:
-        replicated = NamedSharding(mesh, PartitionSpec())
+        replicated = placement.sharding()
         jobs: dict[Bucket | int, Callable[[], jax.stages.Lowered]] = {}
         for bucket in buckets:
             step = jax.jit(
-                make_step(module, bucket, mesh, implementation),
+                make_step(module, bucket, placement, implementation),
                 donate_argnums=(1, 2),
                 out_shardings=(tuple(cache.sharding for cache in caches), replicated, replicated),
             )

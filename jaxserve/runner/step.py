@@ -9,14 +9,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
 
 from jaxserve.core.plan import Bucket
 from jaxserve.models.config import AttentionOptions
 from jaxserve.models.decoder import Decoder
 from jaxserve.models.layers.attention import AttendFn
 from jaxserve.models.params import Params, bind
-from jaxserve.models.sharding import TENSOR_AXIS
+from jaxserve.models.sharding import HEADS_AXES, KV_CACHE_AXES, Placement
 from jaxserve.pallas_kernels.ragged_paged_attention.api import (
     AttentionMetadata,
     Implementation,
@@ -30,7 +29,9 @@ Caches = tuple[jax.Array, ...]
 StepFn = Callable[[Params, Caches, SlotState, jax.Array, jax.Array], tuple[Caches, SlotState, Sampled]]
 
 
-def make_step(module: Decoder, bucket: Bucket, mesh: Mesh, implementation: Implementation) -> StepFn:
+def make_step(
+    module: Decoder, bucket: Bucket, placement: Placement, implementation: Implementation
+) -> StepFn:
     """The function that `Programs` compiles for a bucket; caches and slots are donated.
 
     Its arguments: parameters, one KV cache a layer, slots, ``StepBatch.rows`` int32 [4, R] and
@@ -54,7 +55,7 @@ def make_step(module: Decoder, bucket: Bucket, mesh: Mesh, implementation: Imple
         places = token_places(metadata, bucket.tokens, caches[0].shape)
         positions = jnp.maximum(places.position, 0)
         token_ids = slots.tokens.at[slot[places.row], positions].get(mode="fill", fill_value=0)
-        attend = _make_attend(metadata, mesh, implementation)
+        attend = _make_attend(metadata, placement, implementation)
         hidden, caches = model(token_ids, positions, caches, attend)
         logits = model.logits(hidden[jnp.maximum(ends - 1, 0)])
         # Rows that do not sample have no position, and so cost nothing in the sampler.
@@ -68,10 +69,11 @@ def make_step(module: Decoder, bucket: Bucket, mesh: Mesh, implementation: Imple
     return step
 
 
-def _make_attend(metadata: AttentionMetadata, mesh: Mesh, implementation: Implementation) -> AttendFn:
+def _make_attend(
+    metadata: AttentionMetadata, placement: Placement, implementation: Implementation
+) -> AttendFn:
     """Attention over the mesh: heads are independent, so each device attends with its own, and none talks."""
-    heads = PartitionSpec(None, TENSOR_AXIS, None)
-    pages = PartitionSpec(None, None, TENSOR_AXIS, None)
+    heads, pages, whole = placement.spec(HEADS_AXES), placement.spec(KV_CACHE_AXES), placement.spec()
 
     @functools.cache  # traced once, not once a layer: layers differ in their options only
     def kernel(scale: float, sliding_window: int | None, soft_cap: float | None) -> Callable[..., Any]:
@@ -81,11 +83,12 @@ def _make_attend(metadata: AttentionMetadata, mesh: Mesh, implementation: Implem
             sliding_window=sliding_window,
             soft_cap=soft_cap,
             implementation=implementation,
+            platform=placement.mesh.devices.flat[0].platform,
         )
         sharded = jax.shard_map(
             attention,
-            mesh=mesh,
-            in_specs=(heads, heads, heads, pages, PartitionSpec()),
+            mesh=placement.mesh,
+            in_specs=(heads, heads, heads, pages, whole),
             out_specs=(heads, pages),
             check_vma=False,
         )

@@ -37,6 +37,7 @@ def ragged_paged_attention(
     sliding_window: int | None = None,
     soft_cap: float | None = None,
     implementation: Implementation = AUTO,
+    platform: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Writes a step's keys and values into their pages, then attends causally over each row's whole context.
 
@@ -56,6 +57,7 @@ def ragged_paged_attention(
             that lie wholly before the window may have been given away.
         soft_cap: scores become ``cap * tanh(score / cap)``.
         implementation: ``"auto"`` picks for the platform; a name never falls back to another.
+        platform: where this will run, ``cpu``, ``gpu`` or ``tpu``; None means on JAX's default backend.
 
     Returns:
         The attention output ``[tokens, q_heads, head_dim]`` in q's dtype, zeros for padding tokens, and the
@@ -79,7 +81,7 @@ def ragged_paged_attention(
         sliding_window=sliding_window,
         soft_cap=soft_cap,
         implementation=implementation,
-        platform=jax.default_backend(),
+        platform=jax.default_backend() if platform is None else platform,
     )
 
 
