@@ -94,7 +94,9 @@ class RunnerConfig:
     attention: Attention = _option(
         "auto", "attention implementation; a name that cannot serve the model is an error"
     )
-    token_buckets: tuple[int, ...] | None = _option(None, "token counts compiled for steps with prefill")
+    token_buckets: tuple[int, ...] | None = _option(
+        None, "token counts compiled for steps with prefill; the last is max_num_batched_tokens"
+    )
     row_buckets: tuple[int, ...] | None = _option(None, "row counts compiled for pure decode steps")
     compile_cache: bool = _option(True, "keep compiled programs in the cache folder for the next start")
 
@@ -220,6 +222,14 @@ def check(config: EngineConfig) -> None:
             and list(ladder) == sorted(set(ladder))
         )
         _require(good, name, ladder, "must be a strictly increasing list of positive integers")
+    budget = scheduler.max_num_batched_tokens
+    if budget is not None and runner.token_buckets is not None:
+        _require(
+            runner.token_buckets[-1] == budget,
+            "token_buckets",
+            runner.token_buckets,
+            f"the last must be max_num_batched_tokens={budget}, or one of the two be left out",
+        )
 
 
 def _is_int(value: object) -> bool:

@@ -209,13 +209,25 @@ def test_logprobs_are_the_models_own(llm: LLM) -> None:
         ({"num_pages": 5}, "max_model_len=256"),
         ({"tensor_parallel_size": 3}, "tensor_parallel_size=3"),
         ({"tensor_parallel_size": 9}, "tensor_parallel_size=9"),
-        ({"max_num_batched_tokens": 4}, "max_num_batched_tokens=4"),
+        ({"max_num_batched_tokens": 4, "token_buckets": None}, "max_num_batched_tokens=4: must exceed"),
         ({"device": "tpu"}, "device='tpu'"),
         ({"colour": "red"}, "unknown option 'colour'"),
         ({"page_size": 48}, "page_size=48"),
         ({"memory_fraction": "0.5"}, "memory_fraction='0.5'"),
         ({"token_buckets": 5}, "token_buckets=5"),
         ({"watermark": float("nan")}, "watermark=nan"),
+        (
+            {"max_num_batched_tokens": 64},
+            "token_buckets=(12, 32): the last must be max_num_batched_tokens=64, or one of the two be left",
+        ),
+        (
+            {"max_num_batched_tokens": 16},
+            "token_buckets=(12, 32): the last must be max_num_batched_tokens=16",
+        ),
+        (
+            {"max_num_batched_tokens": None, "token_buckets": (6, 32)},
+            "token_buckets=(6, 32): each must exceed",
+        ),
     ],
 )
 def test_bad_configurations_say_what_is_wrong(
