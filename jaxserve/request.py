@@ -51,7 +51,8 @@ class SamplingParams:
         logprobs: None for none; k in [0, 20] returns the chosen token's log-probability and the k best
             alternatives, both of the model's own distribution (before penalties and temperature).
         max_tokens: upper bound on output tokens; None means all that the context length allows.
-        min_tokens: end and stop tokens are masked until this many tokens were output.
+        min_tokens: end and stop tokens are masked, and stop strings are ignored, until this many tokens were
+            output.
         stop: strings that end the output; the string itself is cut off.
         stop_token_ids: token ids that end the output, besides the model's own end tokens.
         ignore_eos: do not stop at the model's own end tokens.
