@@ -77,8 +77,7 @@ def check_sampling_params(params: SamplingParams) -> None:
     _check_logit_bias(params.logit_bias)
     _check_stop_strings(params.stop)
     _check_sequence("stop_token_ids", params.stop_token_ids, MAX_STOP_TOKEN_IDS)
-    for token_id in params.stop_token_ids:
-        _check_int("stop_token_ids", token_id, 0, MAX_TOKENS)
+    check_token_ids("stop_token_ids", params.stop_token_ids)
 
 
 def check_request_id(request_id: object) -> str:
@@ -100,13 +99,18 @@ def check_prompt_text(text: object) -> str:
         raise ValidationError(
             "prompt", f"<{len(text)} characters>", f"must have at most {MAX_PROMPT_CHARS} characters"
         )
+    check_unicode("prompt", text)
+    return text
+
+
+def check_unicode(field: str, text: str) -> None:
+    """Refuses lone surrogates, which no encoder takes: Python makes them of bytes that are not UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValidationError(
-            "prompt", text, f"must be valid Unicode without lone surrogates ({error.reason})"
+            field, text, f"must be valid Unicode without lone surrogates ({error.reason})"
         ) from None
-    return text
 
 
 def check_prompt_token_ids(token_ids: Sequence[int], limits: RequestLimits) -> None:
@@ -118,16 +122,19 @@ def check_prompt_token_ids(token_ids: Sequence[int], limits: RequestLimits) -> N
         raise CapacityError(
             "prompt_token_ids", f"<{len(token_ids)} tokens>", f"must have at most {longest} tokens here"
         )
+    check_token_ids("prompt_token_ids", token_ids, limits.vocab_size)
+
+
+def check_token_ids(field: str, token_ids: Sequence[int], vocab_size: int = MAX_TOKENS + 1) -> None:
+    """Checks ids against the width of the logits. Raises ValidationError."""
     for token_id in token_ids:
-        _check_int("prompt_token_ids", token_id, 0, limits.vocab_size - 1)
+        _check_int(field, token_id, 0, vocab_size - 1)
 
 
 def check_params_against_model(params: SamplingParams, limits: RequestLimits) -> None:
     """Checks token ids in the parameters against the width of the logits. Raises ValidationError."""
-    for token_id in params.stop_token_ids:
-        _check_int("stop_token_ids", token_id, 0, limits.vocab_size - 1)
-    for token_id in params.logit_bias or ():
-        _check_int("logit_bias", token_id, 0, limits.vocab_size - 1)
+    check_token_ids("stop_token_ids", params.stop_token_ids, limits.vocab_size)
+    check_token_ids("logit_bias", tuple(params.logit_bias or ()), limits.vocab_size)
 
 
 def check_priority(priority: object) -> None:
@@ -173,6 +180,7 @@ def _check_stop_strings(stop: object) -> None:
     for text in strings:
         if not isinstance(text, str) or not 1 <= len(text) <= MAX_STOP_STRING_CHARS:
             raise ValidationError("stop", text, f"must be strings of 1 to {MAX_STOP_STRING_CHARS} characters")
+        check_unicode("stop", text)
 
 
 def _check_logit_bias(bias: object) -> None:

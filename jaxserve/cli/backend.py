@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 from jaxserve.cli.arguments import CommandParser, add_engine_flags, add_sampling_flags, engine_options
 from jaxserve.config import EngineConfig
-from jaxserve.errors import ConfigError
+from jaxserve.errors import ConfigError, ValidationError
 from jaxserve.outputs import RequestOutput
 from jaxserve.request import SamplingParams
 
@@ -68,6 +68,17 @@ def open_backend(arguments: argparse.Namespace) -> Backend:
     from jaxserve.server.client import Client
 
     return Client(arguments.server, model=model)
+
+
+def read_text(field: str, read: Callable[[], str]) -> str:
+    """What a read of stdin returns. Raises ValidationError for bytes that are not UTF-8."""
+    try:
+        return read()
+    except UnicodeDecodeError as error:
+        shown = error.object[max(error.start - 20, 0) : error.start + 20]
+        raise ValidationError(
+            field, shown, f"must be {error.encoding.upper()} text: {error.reason}"
+        ) from None
 
 
 def print_stream(outputs: Iterator[RequestOutput]) -> RequestOutput | None:

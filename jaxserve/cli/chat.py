@@ -6,11 +6,14 @@ import contextlib
 import importlib
 import sys
 from collections.abc import Callable
+from io import BufferedReader
+from typing import cast
 
 from jaxserve.cli.arguments import command_parser, sampling_params
-from jaxserve.cli.backend import Backend, add_backend_flags, open_backend, print_stream
+from jaxserve.cli.backend import Backend, add_backend_flags, open_backend, print_stream, read_text
 from jaxserve.errors import ValidationError
 from jaxserve.request import SamplingParams
+from jaxserve.validation import check_unicode
 
 _HELP = "/new starts over, /exit or Ctrl-D leaves, Ctrl-C ends an answer"
 
@@ -25,6 +28,7 @@ def main(argv: list[str]) -> int:
     add_backend_flags(parser)
     arguments = parser.parse_args(argv)
     params = sampling_params(arguments)
+    _check_input(arguments.message, arguments.system)
     with open_backend(arguments) as backend:
         conversation = Conversation(backend, params, arguments.system)
         if arguments.message is not None:
@@ -32,6 +36,15 @@ def main(argv: list[str]) -> int:
         else:
             converse(conversation)
     return 0
+
+
+def _check_input(message: str | None, system: str | None) -> None:
+    """Nothing is loaded for a conversation that cannot begin. Raises ValidationError."""
+    for field, text in (("message", message), ("system", system)):
+        if text is not None:
+            check_unicode(field, text)
+    if message is None and not sys.stdin.isatty() and not cast(BufferedReader, sys.stdin.buffer).peek(1):
+        raise ValidationError("message", "", "must be given as an argument, or on stdin, which is empty")
 
 
 class Conversation:
@@ -65,7 +78,7 @@ def converse(conversation: Conversation, read: Callable[[str], str] = input) -> 
         print(f"({_HELP})")
     while True:
         try:
-            text = read("> " if is_terminal else "").strip()
+            text = read_text("message", lambda: read("> " if is_terminal else "")).strip()
         except (EOFError, KeyboardInterrupt):
             print()
             return

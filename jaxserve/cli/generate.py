@@ -6,8 +6,9 @@ import contextlib
 import sys
 
 from jaxserve.cli.arguments import command_parser, fail, sampling_params
-from jaxserve.cli.backend import add_backend_flags, open_backend, print_stream
+from jaxserve.cli.backend import add_backend_flags, open_backend, print_stream, read_text
 from jaxserve.request import FinishReason
+from jaxserve.validation import check_prompt_text
 
 
 def main(argv: list[str]) -> int:
@@ -23,7 +24,8 @@ def main(argv: list[str]) -> int:
     add_backend_flags(parser)
     arguments = parser.parse_args(argv)
     params = sampling_params(arguments)
-    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    prompt = read_text("prompt", sys.stdin.read) if arguments.prompt == "-" else arguments.prompt
+    check_prompt_text(prompt)  # nothing is loaded for a prompt that cannot be answered
     with open_backend(arguments) as backend, contextlib.closing(backend.stream(prompt, params)) as outputs:
         last = print_stream(outputs)
     if last is None or last.outputs[0].finish_reason is FinishReason.ERROR:

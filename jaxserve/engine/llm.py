@@ -93,7 +93,7 @@ class LLM:
 
         Args:
             prompts: one prompt or a list of them; a prompt is a string, a list of token ids,
-                ``{"prompt": ...}`` or ``{"prompt_token_ids": [...]}``.
+                ``{"prompt": ...}`` or ``{"prompt_token_ids": [...]}``. ``[]`` is none, and gives ``[]``.
             sampling_params: for all prompts, or one for each. Default: ``SamplingParams()``, 16 tokens.
             use_tqdm: show a progress bar.
             priority: of all of them, under ``ordering="priority"``; lower runs earlier.
@@ -117,6 +117,7 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answers one conversation, or several; each is a list of ``{"role": ..., "content": ...}``.
 
+        ``[]`` is no conversations, and gives ``[]``; ``[[]]`` is one without messages, an error.
         Default parameters: as long as the model goes on or the context allows. Raises as `generate`.
         """
         if not isinstance(messages, Sequence):

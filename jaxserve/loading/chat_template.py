@@ -16,6 +16,7 @@ from typing import Any
 import minijinja
 
 from jaxserve.errors import ValidationError
+from jaxserve.validation import check_unicode
 
 ROLES = ("system", "user", "assistant", "tool", "developer")
 # Llama 3.1's template with tools needs about 2,000 steps and 100 a message; a runaway loop stops in 0.1 s.
@@ -107,7 +108,10 @@ def check_messages(messages: object) -> list[dict[str, Any]]:
             raise ValidationError(
                 "messages", f"over {total} characters", f"at most {_MAX_CONTENT_CHARS} together"
             )
-        checked.append({str(key): _clean(value) for key, value in message.items()})
+        for value in message.values():
+            if isinstance(value, str):
+                check_unicode("messages", value)
+        checked.append({str(key): value for key, value in message.items()})
     return checked
 
 
@@ -122,11 +126,6 @@ def _raise_exception(message: object = "refused") -> None:
 def _to_json(value: Any, indent: int | None = None) -> str:
     """Like `transformers`' tojson: plain JSON, nothing escaped for HTML."""
     return minijinja.safe(json.dumps(value, ensure_ascii=False, indent=indent))
-
-
-def _clean(value: Any) -> Any:
-    """Text without lone surrogates, which no encoder takes."""
-    return value.encode("utf-8", "replace").decode("utf-8") if isinstance(value, str) else value
 
 
 def _roles(messages: Sequence[Mapping[str, Any]]) -> list[Any]:

@@ -13,6 +13,7 @@ from typing import Any, Self
 
 import grpc
 
+from jaxserve import validation
 from jaxserve.outputs import RequestOutput
 from jaxserve.request import SamplingParams
 from jaxserve.server import requests
@@ -65,23 +66,23 @@ class Client:
 
     def generate(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> RequestOutput:
         """The whole answer to one prompt. Options: ``request_id``, ``priority``, ``timeout_s``."""
-        return self._whole(_Call(prompt, None, params, self._model, **options))
+        return self._whole(_prompt_call(prompt, params, self._model, **options))
 
     def chat(self, messages: Messages, params: SamplingParams | None = None, **options: Any) -> RequestOutput:
         """The whole answer to a conversation; options as for `generate`."""
-        return self._whole(_Call(None, messages, params, self._model, **options))
+        return self._whole(_chat_call(messages, params, self._model, **options))
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, **options: Any
     ) -> Generator[RequestOutput]:
         """Cumulative outputs as they come, the last one finished; closing the generator aborts."""
-        return self._stream(_Call(prompt, None, params, self._model, **options))
+        return self._stream(_prompt_call(prompt, params, self._model, **options))
 
     def stream_chat(
         self, messages: Messages, params: SamplingParams | None = None, **options: Any
     ) -> Generator[RequestOutput]:
         """As `stream`, for a conversation."""
-        return self._stream(_Call(None, messages, params, self._model, **options))
+        return self._stream(_chat_call(messages, params, self._model, **options))
 
     def tokenize(self, prompt: str | Messages, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, or of a conversation under the model's template."""
@@ -146,25 +147,25 @@ class AsyncClient:
         self, prompt: Prompt, params: SamplingParams | None = None, **options: Any
     ) -> RequestOutput:
         """The whole answer to one prompt. Options: ``request_id``, ``priority``, ``timeout_s``."""
-        return await self._whole(_Call(prompt, None, params, self._model, **options))
+        return await self._whole(_prompt_call(prompt, params, self._model, **options))
 
     async def chat(
         self, messages: Messages, params: SamplingParams | None = None, **options: Any
     ) -> RequestOutput:
         """The whole answer to a conversation; options as for `generate`."""
-        return await self._whole(_Call(None, messages, params, self._model, **options))
+        return await self._whole(_chat_call(messages, params, self._model, **options))
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, **options: Any
     ) -> AsyncGenerator[RequestOutput]:
         """Cumulative outputs as they come, the last one finished; closing the generator aborts."""
-        return self._stream(_Call(prompt, None, params, self._model, **options))
+        return self._stream(_prompt_call(prompt, params, self._model, **options))
 
     def stream_chat(
         self, messages: Messages, params: SamplingParams | None = None, **options: Any
     ) -> AsyncGenerator[RequestOutput]:
         """As `stream`, for a conversation."""
-        return self._stream(_Call(None, messages, params, self._model, **options))
+        return self._stream(_chat_call(messages, params, self._model, **options))
 
     async def tokenize(self, prompt: str | Messages, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, or of a conversation under the model's template."""
@@ -219,22 +220,21 @@ class _Call:
 
     def __init__(
         self,
-        prompt: Prompt | None,
-        messages: Messages | None,
-        params: SamplingParams | None,
+        request: pb.GenerateRequest,
+        params: SamplingParams,
         model: str,
         *,
         request_id: str = "",
         priority: int = 0,
         timeout_s: float | None = None,
     ) -> None:
-        # As the engine in the process: an answer to a conversation is as long as the model makes it.
-        params = params or (SamplingParams() if messages is None else SamplingParams(max_tokens=None))
-        if messages is not None:
-            self.request = pb.GenerateRequest(chat=requests.chat_to_proto(messages))
-        else:
-            assert prompt is not None
-            self.request = requests.prompt_to_request(prompt)
+        # What the wire's types cannot hold is the caller's error, in the engine's own words.
+        validation.check_unicode("model", model)
+        if request_id != "":
+            validation.check_request_id(request_id)
+        validation.check_priority(priority)
+        validation.check_timeout(timeout_s)
+        self.request = request
         self.request.request_id, self.request.model, self.request.priority = request_id, model, priority
         requests.set_params(self.request, params)
         self.request.response.token_ids = True
@@ -244,8 +244,20 @@ class _Call:
         self.outputs = OutputBuilder(text, list(self.request.token_ids.ids), params.n)
 
 
+def _prompt_call(prompt: Prompt, params: SamplingParams | None, model: str, **options: Any) -> _Call:
+    return _Call(requests.prompt_to_request(prompt), params or SamplingParams(), model, **options)
+
+
+def _chat_call(messages: Messages, params: SamplingParams | None, model: str, **options: Any) -> _Call:
+    request = pb.GenerateRequest(chat=requests.chat_to_proto(messages))
+    # As the engine in the process: an answer to a conversation is as long as the model makes it.
+    return _Call(request, params or SamplingParams(max_tokens=None), model, **options)
+
+
 def _tokenize_request(prompt: str | Messages, model: str, add_special_tokens: bool) -> pb.TokenizeRequest:
+    validation.check_unicode("model", model)
     if isinstance(prompt, str):
+        validation.check_prompt_text(prompt)
         return pb.TokenizeRequest(model=model, text=prompt, add_special_tokens=add_special_tokens)
     return pb.TokenizeRequest(model=model, chat=requests.chat_to_proto(prompt))
 
@@ -253,4 +265,6 @@ def _tokenize_request(prompt: str | Messages, model: str, add_special_tokens: bo
 def _detokenize_request(
     token_ids: Sequence[int], model: str, skip_special_tokens: bool
 ) -> pb.DetokenizeRequest:
+    validation.check_unicode("model", model)
+    validation.check_token_ids("token_ids", token_ids)
     return pb.DetokenizeRequest(model=model, token_ids=token_ids, skip_special_tokens=skip_special_tokens)

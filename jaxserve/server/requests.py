@@ -13,6 +13,7 @@ from typing import Any
 from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
+from jaxserve import validation
 from jaxserve.errors import ValidationError
 from jaxserve.request import SamplingParams
 from jaxserve.server.protos.jaxserve.v1 import inference_pb2 as pb
@@ -62,17 +63,19 @@ def prompt_to_request(prompt: str | Sequence[int] | Mapping[str, Any]) -> pb.Gen
         if len(known) != 1 or len(prompt) != 1:
             raise ValidationError("prompt", prompt, "must have the one key 'prompt' or 'prompt_token_ids'")
         return prompt_to_request(prompt[known.pop()])
+    if isinstance(prompt, str):
+        return pb.GenerateRequest(text=validation.check_prompt_text(prompt))
     try:
-        if isinstance(prompt, str):
-            return pb.GenerateRequest(text=prompt)
         return pb.GenerateRequest(token_ids=pb.TokenIds(ids=prompt))
-    except (TypeError, ValueError) as error:  # lone surrogates, ids beyond 64 bits, not a list of integers
+    except (TypeError, ValueError) as error:  # ids beyond 64 bits, not a list of integers
         raise ValidationError("prompt", prompt, f"must be a text or a list of token ids ({error})") from None
 
 
 def chat_to_proto(messages: Sequence[Mapping[str, Any]]) -> pb.Chat:
     """A conversation, one mapping with ``role`` and ``content`` per message. Raises ValidationError."""
     chat = pb.Chat()
+    if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
+        raise ValidationError("messages", messages, "must be a list of {'role': ..., 'content': ...}")
     for message in messages:
         try:
             chat.messages.add(**message)

@@ -101,10 +101,7 @@ class InferenceService:
         """Text of token ids."""
         engine = self._engine_for(request.model)
         token_ids = list(request.token_ids)
-        vocab_size = engine.limits.vocab_size
-        bad = next((token_id for token_id in token_ids if not 0 <= token_id < vocab_size), None)
-        if bad is not None:
-            raise ValidationError("token_ids", bad, f"must be integers in [0, {vocab_size - 1}]")
+        validation.check_token_ids("token_ids", token_ids, engine.limits.vocab_size)
         skip = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
         text = await asyncio.to_thread(engine.tokenizer.decode, token_ids, skip_special_tokens=skip)
         return pb.DetokenizeResponse(text=text)

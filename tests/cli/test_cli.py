@@ -344,6 +344,39 @@ def test_generate_reads_stdin(backend: FakeBackend, capsys, monkeypatch) -> None
     assert capsys.readouterr().out == "FROM A\nFILE\n"
 
 
+@pytest.mark.parametrize(
+    ("argv", "stdin", "message"),
+    [
+        (["generate"], b"caf\xe9 au lait", "generate: prompt=b'caf\\xe9 au lait': must be UTF-8 text"),
+        (["generate"], b"", "generate: prompt='': must not be empty"),
+        (["generate", b"caf\xe9"], b"", "generate: prompt='caf\\udce9': must be valid Unicode"),
+        (["generate", "x", "--stop", b"\xff"], b"", "generate: stop='\\udcff': must be valid Unicode"),
+        (["chat"], b"", "chat: message='': must be given as an argument, or on stdin, which is empty"),
+        (["chat", b"\xff"], b"", "chat: message='\\udcff': must be valid Unicode"),
+        (["chat", "x", "--system", b"\xff"], b"", "chat: system='\\udcff': must be valid Unicode"),
+        (["chat", "--server", "127.0.0.1:9"], b"\xff\n", "chat: message=b'\\xff\\n': must be UTF-8 text"),
+    ],
+)
+def test_input_that_is_no_text_is_one_line_before_anything_is_loaded(
+    argv: list[Any], stdin: bytes, message: str
+) -> None:
+    program = (
+        "import sys\nfrom jaxserve.cli.main import main\ncode = main(sys.argv[1:])\n"
+        "assert 'jax' not in sys.modules\nsys.exit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-X", "utf8", "-c", program, *argv],
+        input=stdin,
+        capture_output=True,
+        env=os.environ
+        | {"PYTHONIOENCODING": "utf-8:strict"},  # as in most locales; some escape what is wrong
+        check=False,
+    )
+    error = done.stderr.decode()
+    assert (done.returncode, done.stdout, error.count("\n")) == (2, b"", 1), error
+    assert error.startswith(f"jaxserve {message}")
+
+
 def test_ctrl_c_leaves_with_130(backend: FakeBackend, capsys) -> None:
     assert main.main(["generate", "ab!c"]) == 130
     assert capsys.readouterr() == ("AB", "\n")

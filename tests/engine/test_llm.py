@@ -122,6 +122,20 @@ def test_n_completions_differ_by_seed() -> None:
         assert [c.index for c in output.outputs] == [0, 1, 2]
 
 
+def test_an_empty_list_is_no_prompts_and_one_in_a_list_is_an_empty_prompt() -> None:
+    """As in vLLM: who filters a list of prompts, or of conversations, down to nothing gets nothing."""
+    engine, _ = make_engine()
+    with LLM.from_engine(engine) as llm:
+        assert llm.generate([], use_tqdm=False) == []
+        assert llm.chat([], use_tqdm=False) == []
+        with pytest.raises(ValidationError, match=r"^prompt_token_ids=\[\]: must hold at least one token"):
+            llm.generate([[]], use_tqdm=False)
+        with pytest.raises(ValidationError, match=r"^messages='0 messages': must be 1 to "):
+            llm.chat([[]], use_tqdm=False)
+        with pytest.raises(ValidationError, match=r"^messages='0 messages': must be 1 to "):
+            next(llm.stream_chat([]))
+
+
 @pytest.mark.parametrize(
     ("prompt", "field"),
     [

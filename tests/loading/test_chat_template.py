@@ -119,5 +119,7 @@ def test_bad_messages_name_the_field(messages):
         render("x", messages)
 
 
-def test_lone_surrogates_become_text():
-    assert render("{{ messages[0].content }}", [{"role": "user", "content": "a\ud800b"}]) == "a?b"
+@pytest.mark.parametrize("key", ["content", "name"])
+def test_lone_surrogates_are_refused(key):
+    with pytest.raises(ValidationError, match=r"^messages='a\\ud800b': must be valid Unicode"):
+        render("x", [{"role": "user", "content": "x"} | {key: "a\ud800b"}])

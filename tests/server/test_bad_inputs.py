@@ -175,6 +175,55 @@ async def test_the_client_raises_the_engines_own_error(client: AsyncClient) -> N
             await client.chat([message])
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"priority": 2**63},
+            r"priority=9223372036854775808: must be an integer in \[-2147483648, 2147483647\]",
+        ),
+        ({"priority": -(2**31) - 1}, r"priority=-2147483649: must be an integer in \["),
+        ({"priority": 1.5}, r"priority=1\.5: must be an integer in \["),
+        ({"priority": None}, r"priority=None: must be an integer in \["),
+        ({"request_id": "\udcff"}, r"request_id='\\udcff': must be 1 to 128 characters of"),
+        ({"request_id": 7}, "request_id=7: must be 1 to 128 characters of"),
+        ({"timeout_s": -1.0}, r"timeout_s=-1\.0: must be a finite number in \["),
+        ({"timeout_s": "soon"}, r"timeout_s='soon': must be a finite number in \["),
+        ({"timeout_s": math.nan}, r"timeout_s=nan: must be a finite number in \["),
+    ],
+)
+async def test_what_the_wire_cannot_hold_is_named_by_the_client(
+    client: AsyncClient, engine: FakeEngine, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValidationError, match=f"^{message}"):
+        await client.generate("x", **options)
+    with pytest.raises(ValidationError, match=f"^{message}"):
+        await anext(client.stream_chat([{"role": "user", "content": "x"}], **options))
+    assert engine.params is None
+
+
+async def test_text_and_ids_that_the_wire_cannot_hold(client: AsyncClient, target: str) -> None:
+    refused = r"must be valid Unicode without lone surrogates"
+    with pytest.raises(ValidationError, match=rf"^stop='a\\udcff': {refused}"):
+        SamplingParams(stop=["fine", "a\udcff"])
+    with pytest.raises(ValidationError, match=rf"^prompt='\\ud800': {refused}"):
+        await client.tokenize("\ud800")
+    with pytest.raises(ValidationError, match=r"^messages=.*surrogates"):
+        await client.tokenize([{"role": "user", "content": "\ud800"}])
+    for token_ids in ([2**70], [1, -1], [1.5], ["a"]):
+        with pytest.raises(ValidationError, match=r"^token_ids=.*: must be an integer in \[0, "):
+            await client.detokenize(cast(Any, token_ids))
+    for messages in (None, "hi", {"role": "user", "content": "x"}, 5):
+        with pytest.raises(ValidationError, match=r"^messages=.*: must be a list"):
+            await client.chat(cast(Any, messages))
+    with pytest.raises(ValidationError, match=r"^prompt_token_ids=\[\]: must hold at least one token"):
+        await client.generate(cast(Any, None))
+    async with AsyncClient(target, model="\ud800") as other:
+        for call in (other.generate("x"), other.tokenize("x"), other.detokenize([1])):
+            with pytest.raises(ValidationError, match=rf"^model='\\ud800': {refused}"):
+                await call
+
+
 async def test_capacity_other_than_the_prompts_is_a_precondition(
     stub, client: AsyncClient, engine: FakeEngine
 ) -> None:
