@@ -48,6 +48,11 @@ class RequestLimits:
     max_model_len: int
     num_cache_tokens: int
 
+    @property
+    def max_prompt_tokens(self) -> int:
+        """Tokens of the longest prompt, which leaves room for one of output."""
+        return min(self.max_model_len, self.num_cache_tokens) - 1
+
 
 def check_sampling_params(params: SamplingParams) -> None:
     """Checks everything that does not depend on the model. Raises ValidationError."""
@@ -113,11 +118,29 @@ def check_unicode(field: str, text: str) -> None:
         ) from None
 
 
+def check_fewest_tokens(field: str, text: str, fewest: int, limits: RequestLimits) -> None:
+    """Refuses a text that cannot fit before it is tokenised. Raises CapacityError.
+
+    Args:
+        field: ``prompt`` or ``messages``.
+        text: what is to be tokenised.
+        fewest: lower bound of the number of its tokens.
+        limits: of the engine.
+    """
+    longest = limits.max_prompt_tokens
+    if fewest > longest:
+        raise CapacityError(
+            field,
+            f"<{len(text)} characters>",
+            f"must have at most {longest} tokens here, and has at least {fewest}",
+        )
+
+
 def check_prompt_token_ids(token_ids: Sequence[int], limits: RequestLimits) -> None:
     """Checks a prompt against the model. Raises ValidationError, or CapacityError if it is too long."""
     if len(token_ids) == 0:
         raise ValidationError("prompt_token_ids", [], "must hold at least one token")
-    longest = min(limits.max_model_len, limits.num_cache_tokens) - 1
+    longest = limits.max_prompt_tokens
     if len(token_ids) > longest:
         raise CapacityError(
             "prompt_token_ids", f"<{len(token_ids)} tokens>", f"must have at most {longest} tokens here"

@@ -56,6 +56,7 @@ class InputProcessor:
     def from_messages(self, messages: Messages, params: SamplingParams, **options: Any) -> RequestGroup:
         """A group from chat messages, through the model's own template."""
         text = self.tokenizer.render_chat(messages)
+        self._check_fewest_tokens("messages", text)
         token_ids = self.tokenizer.encode(text, add_special_tokens=False, parse_special=True)
         return self._group(text, token_ids, params, **options)
 
@@ -66,12 +67,16 @@ class InputProcessor:
             prompt = next(iter(prompt.values()))
         if isinstance(prompt, str):
             text = validation.check_prompt_text(prompt)
+            self._check_fewest_tokens("prompt", text)
             return text, self.tokenizer.encode(text)
         if isinstance(prompt, bytes) or not hasattr(prompt, "__len__") or not hasattr(prompt, "__getitem__"):
             raise ValidationError("prompt", prompt, _PROMPT_FORMS)
         token_ids = cast(Sequence[int], prompt)
         validation.check_prompt_token_ids(token_ids, self.limits)
         return None, [operator.index(token_id) for token_id in token_ids]
+
+    def _check_fewest_tokens(self, field: str, text: str) -> None:
+        validation.check_fewest_tokens(field, text, self.tokenizer.fewest_tokens(text), self.limits)
 
     def _group(
         self,

@@ -6,7 +6,7 @@ import codecs
 import dataclasses
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, final
 
 import tokenizers
@@ -74,15 +74,13 @@ def join_pieces(pieces: Sequence[bytes], ids: Iterable[int]) -> bytes:
     return b"".join([pieces[i] for i in ids if 0 <= i < size])
 
 
-def piece_tables(backend: tokenizers.Tokenizer) -> PieceTables:
-    """Tables that reproduce the decoder of a tokenizer.
+def piece_tables(backend: tokenizers.Tokenizer, vocab: Mapping[str, int]) -> PieceTables:
+    """Tables that reproduce the decoder of a tokenizer; its vocabulary is token -> id, added tokens included.
 
     Raises:
         CheckpointError: for a decoder that is neither byte-level nor SentencePiece's with byte fallback.
     """
-    document: dict[str, Any] = json.loads(_without_model(backend))
-    kind, strips_space = _decoder_kind(document.get("decoder"))
-    vocab = backend.get_vocab(with_added_tokens=True)
+    kind, strips_space = _decoder_kind(components(backend).get("decoder"))
     pieces = [b""] * (max(vocab.values(), default=-1) + 1)
     if kind == "byte-level":
         byte_of = byte_level_alphabet()
@@ -115,12 +113,14 @@ def _byte_level_piece(token: str, byte_of: dict[str, int]) -> bytes:
         return token.encode("utf-8", "replace")
 
 
-def _without_model(backend: tokenizers.Tokenizer) -> str:
-    """The tokenizer's JSON with an empty vocabulary: serialising a large one takes seconds."""
+def components(backend: tokenizers.Tokenizer) -> dict[str, Any]:
+    """A tokenizer.json's ``normalizer``, ``pre_tokenizer`` and ``decoder``, each an object or None."""
+    # Without the model: serialising a large vocabulary takes seconds.
     shell = tokenizers.Tokenizer(tokenizers.models.BPE())
-    if backend.decoder is not None:
-        shell.decoder = backend.decoder
-    return shell.to_str()
+    for name in ("normalizer", "pre_tokenizer", "decoder"):
+        if getattr(backend, name) is not None:
+            setattr(shell, name, getattr(backend, name))
+    return json.loads(shell.to_str())
 
 
 def _decoder_kind(decoder: dict[str, Any] | None) -> tuple[str, bool]:

@@ -18,6 +18,7 @@ from jaxserve.loading.gguf_file import GGUFFile
 from jaxserve.loading.gguf_tokenizer import gguf_tokenizer
 from jaxserve.loading.json_files import read_json
 from jaxserve.loading.source import ModelSource
+from jaxserve.loading.token_bound import token_bound
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +45,9 @@ class Tokenizer:
     def __init__(self, backend: tokenizers.Tokenizer, special: SpecialTokens) -> None:
         self._backend = backend
         self._special = special
-        self._tables = piece_tables(backend)
+        vocab = backend.get_vocab(with_added_tokens=True)
+        self._tables = piece_tables(backend, vocab)
+        self._bound = token_bound(backend, vocab)
         self._lock = threading.Lock()
         # Limits in a tokenizer.json are for training; a cut prompt would be a silent error.
         backend.no_truncation()
@@ -82,6 +85,10 @@ class Tokenizer:
             if self._backend.encode_special_tokens == parse_special:
                 self._backend.encode_special_tokens = not parse_special
             return self._backend.encode(clean, add_special_tokens=add_special_tokens).ids
+
+    def fewest_tokens(self, text: str) -> int:
+        """A lower bound of ``len(encode(text))``, at next to no cost; 0 where none is known."""
+        return 0 if self._bound is None else self._bound.fewest_tokens(text)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of ids; bytes that are not UTF-8 become replacement characters."""

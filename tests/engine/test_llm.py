@@ -174,6 +174,22 @@ def test_a_prompt_too_long_is_a_capacity_error() -> None:
         assert len(output.outputs[0].token_ids) == 2, "the context is full: finish by length"
 
 
+def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenised(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, _ = make_engine()
+    with LLM.from_engine(engine) as llm:
+        longest = "x" * (511 * len("<end>"))  # no token is longer, and 511 leave room for one more
+        with pytest.raises(CapacityError, match=r"^prompt_token_ids='<2555 tokens>': must have at most 511"):
+            llm.generate(longest, use_tqdm=False)
+        monkeypatch.setattr(engine.tokenizer, "encode", None)
+        reason = "must have at most 511 tokens here, and has at least 512"
+        with pytest.raises(CapacityError, match=f"^prompt='<2556 characters>': {reason}"):
+            llm.generate(longest + "x", use_tqdm=False)
+        with pytest.raises(
+            CapacityError, match=r"^messages='<\d+ characters>': must have at most 511 tokens"
+        ):
+            llm.chat([{"role": "user", "content": longest}], use_tqdm=False)
+
+
 @pytest.mark.parametrize(
     ("options", "field"),
     [

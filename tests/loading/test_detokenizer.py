@@ -94,11 +94,11 @@ def test_unknown_decoders_are_refused():
         if decoder is not None:
             backend.decoder = decoder
         with pytest.raises(CheckpointError, match="is not supported; supported are ByteLevel"):
-            piece_tables(backend)
+            piece_tables(backend, backend.get_vocab())
 
 
 def test_metaspace_is_sentencepiece():
     backend = tokenizers.Tokenizer(tokenizers.models.BPE({"\u2581a": 0, "\u2581": 1}, []))
     backend.decoder = tokenizers.decoders.Metaspace()
-    tables = piece_tables(backend)
+    tables = piece_tables(backend, backend.get_vocab())
     assert (list(tables.pieces), tables.strips_space) == ([b" a", b" "], True)
