@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
 
 from jaxserve.core.batch import StepBatch
@@ -17,14 +18,23 @@ from tests.support.fake_executor import FakeExecutor
 
 
 class ScriptedExecutor(FakeExecutor):
-    """Answers with given bytes, one after the other, whatever the prompt; optionally slowly, or failing."""
+    """Answers with given bytes, one after the other, whatever the prompt; optionally slowly, or failing.
+
+    With a gate, a step's result can be read only when the test has released it.
+    """
 
     script: bytes | None = None
     delay_s: float = 0.0
     fails_at: int | None = None
+    gate: threading.Semaphore | None = None
+    is_waiting: bool = False
 
     def collect(self, handle: StepResult) -> StepResult:
         time.sleep(self.delay_s)
+        if self.gate is not None:
+            self.is_waiting = True
+            self.gate.acquire()
+            self.is_waiting = False
         return super().collect(handle)
 
     def dispatch(self, batch: StepBatch) -> StepResult:
