@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from jaxserve import config
-from jaxserve.server.config import ServerConfig
+from jaxserve.server.config import ConnectionConfig, ServerConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 SERVING = ROOT / "docs" / "serving.md"
@@ -28,13 +28,17 @@ def engine_table() -> str:
     return _table((name, hints[name], field) for name, field in config.flat_fields())
 
 
-def server_table() -> str:
-    """One row for each option of the server."""
-    hints = get_type_hints(ServerConfig)
-    return _table((field.name, hints[field.name], field) for field in dataclasses.fields(ServerConfig))
+def dataclass_table(kind: type) -> str:
+    """One row for each field of a dataclass that holds options."""
+    hints = get_type_hints(kind)
+    return _table((field.name, hints[field.name], field) for field in dataclasses.fields(kind))
 
 
-TABLES = {"engine options": engine_table, "server options": server_table}
+TABLES = {
+    "engine options": engine_table,
+    "server options": lambda: dataclass_table(ServerConfig),
+    "connection options": lambda: dataclass_table(ConnectionConfig),
+}
 
 
 def with_tables(text: str) -> str:

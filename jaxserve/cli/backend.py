@@ -7,11 +7,19 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from jaxserve.cli.arguments import CommandParser, add_engine_flags, add_sampling_flags, engine_options
+from jaxserve.cli.arguments import (
+    CommandParser,
+    add_dataclass_flags,
+    add_engine_flags,
+    add_sampling_flags,
+    engine_options,
+    given,
+)
 from jaxserve.config import EngineConfig
 from jaxserve.errors import ConfigError, ValidationError
 from jaxserve.outputs import RequestOutput
 from jaxserve.request import SamplingParams
+from jaxserve.server.config import ConnectionConfig
 
 # `--seed` is the request's here; with it, the engine draws none.
 _NOT_HERE = frozenset({"seed"})
@@ -38,10 +46,11 @@ class Backend(Protocol):
 
 
 def add_backend_flags(parser: CommandParser) -> None:
-    """``--server``, the sampling flags, and the engine's."""
+    """``--server`` and how to reach it, the sampling flags, and the engine's."""
     parser.add_argument(
         "--server", metavar="HOST:PORT", help="ask this jaxserve server instead of loading a model"
     )
+    add_dataclass_flags(parser, ConnectionConfig, "connection options (with --server)")
     add_sampling_flags(parser)
     add_engine_flags(parser, without=_NOT_HERE)
 
@@ -54,7 +63,10 @@ def open_backend(arguments: argparse.Namespace) -> Backend:
         ModelNotFoundError, CheckpointError: as `jaxserve.LLM`.
     """
     options = engine_options(arguments, without=_NOT_HERE)
+    connection = given(arguments, ConnectionConfig)
     if arguments.server is None:
+        if connection:
+            raise ConfigError(f"{_flag(connection)} is an option of the connection: it needs --server")
         # One prompt at a time needs no more slots than it has completions, and so fewer programs to compile.
         options.setdefault("max_num_seqs", min(max(getattr(arguments, "n", 1), 1), 16))
         EngineConfig.from_flat(options)  # a wrong value should not have to wait for the import of jax
@@ -63,11 +75,17 @@ def open_backend(arguments: argparse.Namespace) -> Backend:
         return LLM(**options)
     model = options.pop("model", "")
     if options:
-        flag = next(iter(options)).replace("_", "-")
-        raise ConfigError(f"--{flag} is an option of the engine: with --server, the server decides it")
+        raise ConfigError(
+            f"{_flag(options)} is an option of the engine: with --server, the server decides it"
+        )
     from jaxserve.server.client import Client
 
-    return Client(arguments.server, model=model)
+    return Client(arguments.server, model=model, **connection)
+
+
+def _flag(options: Mapping[str, Any]) -> str:
+    """The first option as it was typed."""
+    return f"--{next(iter(options)).replace('_', '-')}"
 
 
 def read_text(field: str, read: Callable[[], str]) -> str:

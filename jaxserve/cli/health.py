@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from typing import Any, cast
 
-from jaxserve.cli.arguments import command_parser
+from jaxserve.cli.arguments import add_dataclass_flags, command_parser, given
+from jaxserve.server.config import ConnectionConfig
 
 
 def main(argv: list[str]) -> int:
@@ -20,17 +21,22 @@ def main(argv: list[str]) -> int:
         "--service", metavar="NAME", default="", help="a service's full name; default: the server as a whole"
     )
     parser.add_argument("--timeout", metavar="SECONDS", type=float, default=5.0, help="default: %(default)s")
+    add_dataclass_flags(parser, ConnectionConfig, "connection options")
     arguments = parser.parse_args(argv)
+    connection = ConnectionConfig(**given(arguments, ConnectionConfig))
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
     from jaxserve.server.errors import from_rpc_error
+    from jaxserve.server.security import call_metadata, open_channel
 
-    with grpc.insecure_channel(arguments.server) as channel:
+    with open_channel(grpc, arguments.server, connection) as channel:
         stub = cast(Any, health_pb2_grpc.HealthStub(channel))
         try:
             answer = stub.Check(
-                health_pb2.HealthCheckRequest(service=arguments.service), timeout=arguments.timeout
+                health_pb2.HealthCheckRequest(service=arguments.service),
+                timeout=arguments.timeout,
+                metadata=call_metadata(connection),
             )
         except grpc.RpcError as error:
             print(from_rpc_error(error, arguments.server), file=sys.stderr)

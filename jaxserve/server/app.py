@@ -22,6 +22,7 @@ from grpc_reflection.v1alpha import reflection
 from jaxserve.errors import ConfigError
 from jaxserve.server.config import ServerConfig
 from jaxserve.server.engine_api import EngineApi
+from jaxserve.server.security import interceptors, server_credentials
 from jaxserve.server.service import SERVICE, InferenceService, rpc_handlers
 
 _log = logging.getLogger(__name__)
@@ -44,16 +45,23 @@ _CHANNEL_OPTIONS = (
 
 
 class Server:
-    """One listening gRPC server: starts without an engine, gets one with `attach`, ends with `stop`."""
+    """One listening gRPC server: starts without an engine, gets one with `attach`, ends with `stop`.
+
+    Raises:
+        ConfigError: for certificates, keys or a token that cannot be read or do not fit.
+    """
 
     def __init__(self, config: ServerConfig) -> None:
         self._config = config
+        self._credentials = server_credentials(config)
         self._service = InferenceService()
         self._health = cast(Any, health).aio.HealthServicer()  # the package's type stubs lack it
         self._engine: EngineApi | None = None
         self._health_task: asyncio.Task[None] | None = None
         self._server = grpc.aio.server(
-            options=_CHANNEL_OPTIONS, maximum_concurrent_rpcs=config.max_concurrent_rpcs
+            interceptors=interceptors(config),
+            options=_CHANNEL_OPTIONS,
+            maximum_concurrent_rpcs=config.max_concurrent_rpcs,
         )
         self._server.add_generic_rpc_handlers([rpc_handlers(self._service)])
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -64,12 +72,16 @@ class Server:
     async def start(self) -> str:
         """Binds and listens; returns ``host:port``. Raises ConfigError if the address cannot be had."""
         _check_address_is_free(self._config)
+        address = self._config.address(self._config.port)
         try:
-            port = self._server.add_insecure_port(self._config.address(self._config.port))
+            if self._credentials is None:
+                port = self._server.add_insecure_port(address)
+            else:
+                port = self._server.add_secure_port(address, self._credentials)
         except RuntimeError as error:
-            raise ConfigError(
-                f"cannot listen on {self._config.address(self._config.port)}: {error}"
-            ) from None
+            raise ConfigError(f"cannot listen on {address}: {error}") from None
+        if self._config.auth_token_file is not None and self._credentials is None:
+            _log.warning("without TLS, whoever sees the traffic sees the token")
         await self._set_health(is_ready=False)
         await self._server.start()
         return self._config.address(port)

@@ -17,10 +17,12 @@ from jaxserve import validation
 from jaxserve.outputs import RequestOutput
 from jaxserve.request import SamplingParams
 from jaxserve.server import requests
+from jaxserve.server.config import ConnectionConfig
 from jaxserve.server.errors import from_rpc_error
 from jaxserve.server.protos.jaxserve.v1 import inference_pb2 as pb
 from jaxserve.server.protos.jaxserve.v1.inference_pb2_grpc import InferenceStub
 from jaxserve.server.responses import OutputBuilder
+from jaxserve.server.security import call_metadata, open_channel
 
 type Prompt = str | Sequence[int] | Mapping[str, Any]
 type Messages = Sequence[Mapping[str, Any]]
@@ -56,12 +58,19 @@ class Client:
     Args:
         target: ``host:port``.
         model: the name to ask for; empty takes whatever the server has.
+        connection: fields of `jaxserve.server.config.ConnectionConfig`, e.g. ``tls_ca="ca.pem"``,
+            ``auth_token_file="token"``. Default: neither TLS nor a token.
+
+    Raises:
+        ConfigError: for certificates, keys or a token that cannot be read or do not fit.
     """
 
-    def __init__(self, target: str, *, model: str = "") -> None:
+    def __init__(self, target: str, *, model: str = "", **connection: Any) -> None:
         self._target = target
         self._model = model
-        self._channel = grpc.insecure_channel(target, options=_CHANNEL_OPTIONS)
+        config = ConnectionConfig(**connection)
+        self._metadata = call_metadata(config)
+        self._channel = open_channel(grpc, target, config, _CHANNEL_OPTIONS)
         self._stub = InferenceStub(self._channel)
 
     def generate(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> RequestOutput:
@@ -116,7 +125,7 @@ class Client:
 
     def _unary(self, method: Any, request: Any, timeout_s: float | None = None) -> Any:
         try:
-            return method(request, timeout=timeout_s)
+            return method(request, timeout=timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
             raise from_rpc_error(error, self._target) from None
 
@@ -124,7 +133,7 @@ class Client:
         return call.outputs.add(self._unary(self._stub.Generate, call.request, call.timeout_s))
 
     def _stream(self, call: _Call) -> Generator[RequestOutput]:
-        messages = self._stub.GenerateStream(call.request, timeout=call.timeout_s)
+        messages = self._stub.GenerateStream(call.request, timeout=call.timeout_s, metadata=self._metadata)
         try:
             for message in messages:
                 yield call.outputs.add(message)
@@ -137,10 +146,12 @@ class Client:
 class AsyncClient:
     """As `Client`, for asyncio. Make it inside the event loop that uses it."""
 
-    def __init__(self, target: str, *, model: str = "") -> None:
+    def __init__(self, target: str, *, model: str = "", **connection: Any) -> None:
         self._target = target
         self._model = model
-        self._channel = grpc.aio.insecure_channel(target, options=_CHANNEL_OPTIONS)
+        config = ConnectionConfig(**connection)
+        self._metadata = call_metadata(config)
+        self._channel = open_channel(grpc.aio, target, config, _CHANNEL_OPTIONS)
         self._stub = InferenceStub(self._channel)
 
     async def generate(
@@ -197,7 +208,7 @@ class AsyncClient:
 
     async def _unary(self, method: Any, request: Any, timeout_s: float | None = None) -> Any:
         try:
-            return await method(request, timeout=timeout_s)
+            return await method(request, timeout=timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
             raise from_rpc_error(error, self._target) from None
 
@@ -205,7 +216,7 @@ class AsyncClient:
         return call.outputs.add(await self._unary(self._stub.Generate, call.request, call.timeout_s))
 
     async def _stream(self, call: _Call) -> AsyncGenerator[RequestOutput]:
-        messages = self._stub.GenerateStream(call.request, timeout=call.timeout_s)
+        messages = self._stub.GenerateStream(call.request, timeout=call.timeout_s, metadata=self._metadata)
         try:
             async for message in messages:
                 yield call.outputs.add(message)

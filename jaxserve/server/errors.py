@@ -49,6 +49,10 @@ class RequestFailedError(JaxserveError):
     """The engine could not finish the request; the fault is not the caller's."""
 
 
+class AuthenticationError(JaxserveError):
+    """The call did not bring the token that the server asks for."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class ErrorRow:
     """One kind of error: its class here, its code on the wire, and its stable reason."""
@@ -63,6 +67,7 @@ ERROR_TABLE = (
     ErrorRow(DuplicateRequestError, grpc.StatusCode.ALREADY_EXISTS, "DUPLICATE_REQUEST"),
     ErrorRow(CapacityError, grpc.StatusCode.FAILED_PRECONDITION, "CAPACITY"),
     ErrorRow(ValidationError, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD"),
+    ErrorRow(AuthenticationError, grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED"),
     ErrorRow(ModelNotFoundError, grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND"),
     ErrorRow(QueueFullError, grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL"),
     ErrorRow(EngineClosedError, grpc.StatusCode.UNAVAILABLE, "ENGINE_CLOSED"),

@@ -12,12 +12,12 @@ import sys
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
-from typing import Any
 
 import grpc
 import pytest
 
 from jaxserve import AsyncLLM
+from jaxserve.engine.input_processor import RequestGroup
 from jaxserve.errors import CapacityError
 from jaxserve.request import FinishReason, SamplingParams
 from jaxserve.server.app import Server
@@ -47,9 +47,9 @@ class Served:
         self.aborted: list[str] = []
         abort = engine.loop.abort
 
-        def recorded(request_id: str, **options: Any) -> None:
-            abort(request_id, **options)
-            self.aborted.append(request_id)
+        def recorded(group_id: str, *, only: RequestGroup | None = None) -> None:
+            abort(group_id, only=only)
+            self.aborted.append(group_id)
 
         engine.loop.abort = recorded
 
