@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Callable
-from types import TracebackType
 from typing import Any, Self
 
 from jaxserve.config import EngineConfig
@@ -185,9 +184,7 @@ class AsyncLLM:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *error: object) -> None:
         await self.close()
 
     async def _stream(self, make_group: Callable[[], RequestGroup]) -> AsyncGenerator[RequestOutput]:

@@ -306,7 +306,7 @@ class FakeBackend:
     def __enter__(self) -> FakeBackend:
         return self
 
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
+    def __exit__(self, *error: object) -> None:
         self.closed += 1
 
     def stream(self, prompt: str, params: SamplingParams) -> Generator[RequestOutput]:
