@@ -12,7 +12,7 @@ from jaxserve.pallas_kernels.dispatch import AUTO, Operation
 from jaxserve.pallas_kernels.layout import KVLayout
 from jaxserve.pallas_kernels.ragged_paged_attention.metadata import AttentionMetadata as AttentionMetadata
 
-Implementation = Literal["auto", "reference", "xla"]
+Implementation = Literal["auto", "reference", "xla", "mosaic_tpu"]
 
 _FOLDER = "jaxserve.pallas_kernels.ragged_paged_attention"
 
@@ -21,8 +21,9 @@ RAGGED_PAGED_ATTENTION = Operation(
     implementations={
         "reference": f"{_FOLDER}.reference:ragged_paged_attention",
         "xla": f"{_FOLDER}.xla:ragged_paged_attention",
+        "mosaic_tpu": f"{_FOLDER}.mosaic_tpu:ragged_paged_attention",
     },
-    order={"cpu": ("xla",), "gpu": ("xla",), "tpu": ("xla",)},
+    order={"cpu": ("xla",), "gpu": ("xla",), "tpu": ("mosaic_tpu", "xla")},
 )
 
 
