@@ -1,8 +1,9 @@
 """Ragged paged attention on TPUs: one Pallas kernel (Mosaic) for a whole mixed batch, the KV write included.
 
-This module checks the input, lays queries out for the kernel and calls it; `mosaic_tpu_work` orders the work,
-`mosaic_tpu_kernel` moves the data and `mosaic_tpu_attend` computes. After Ragged Paged Attention (jax-ml/jax,
-`jax.experimental.pallas.ops.tpu.ragged_paged_attention`), which reads the cache in the same way.
+This module checks the input, lays it out for the kernel and calls it; `mosaic_tpu_work` orders the work,
+`mosaic_tpu_kernel` moves the data, `mosaic_tpu_attend` computes, `mosaic_tpu_blocks` has the sizes. After Ragged
+Paged Attention (jax-ml/jax, `jax.experimental.pallas.ops.tpu.ragged_paged_attention`), which reads its cache in
+the same way.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxserve.pallas_kernels.layout import KVLayout, interleave
 from jaxserve.pallas_kernels.ragged_paged_attention.metadata import AttentionMetadata, token_places
-from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_tpu_blocks import choose_blocks
+from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_tpu_blocks import VMEM_LIMIT_BYTES, choose_blocks
 from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_tpu_kernel import kernel
 from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_tpu_types import LANES, KernelConfig
 from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_tpu_work import WorkList, make_work
@@ -26,7 +27,6 @@ NAME = "ragged_paged_attention_tpu"
 # Half of the scalar memory that a core has: the rest is the compiler's.
 _SMEM_BYTES = 512 * 2**10
 _DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))
-_HEAD_DIMS = (64, 256)
 
 
 def ragged_paged_attention(
@@ -42,6 +42,8 @@ def ragged_paged_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """See `jaxserve.pallas_kernels.ragged_paged_attention.api.ragged_paged_attention`.
 
+    A cache with heads of 64 elements is best stored packed (`KVLayout.packed`); otherwise XLA copies all of it.
+
     Raises:
         NotImplementedError: for float16 and 8-bit types, heads below 64 or above 256 elements, and page tables
             that do not fit in scalar memory.
@@ -51,7 +53,8 @@ def ragged_paged_attention(
     num_tokens, q_heads, head_dim = q.shape
     words = 4 // q.dtype.itemsize
     group = -(-(q_heads // layout.num_kv_heads) // words) * words
-    blocks = choose_blocks(layout, group, q.dtype, metadata)
+    is_packed = can_pack(layout.num_kv_heads, head_dim, layout.dtype)
+    blocks = choose_blocks(layout, group, metadata)
     config = KernelConfig(
         scale=scale,
         sliding_window=sliding_window,
@@ -60,26 +63,32 @@ def ragged_paged_attention(
         max_pages=metadata.page_table.shape[1],
         kv_heads=layout.num_kv_heads,
         group=group,
-        head_dim=head_dim,
+        width=2 * head_dim if is_packed else head_dim,
+        is_packed=is_packed,
         kv_dtype=layout.dtype,
         kv_pages=blocks.kv_pages,
         q_tokens=blocks.q_tokens,
         depth=blocks.depth,
     )
-    work = make_work(metadata, num_tokens, blocks.q_tokens)
-    new_kv = interleave(k, v).astype(layout.dtype)
-    out, kv_pages = _call(config, work, metadata, _pack(q, config, words), new_kv, kv_pages)
-    out = _unpack(out, config, q_heads)
+    rows = (config.rows_per_token, config.width)
+    new_kv = interleave(k, v).astype(layout.dtype).reshape(num_tokens, *rows)
+    pages = kv_pages.reshape(*kv_pages.shape[:2], *rows)
+    out, pages = _call(config, metadata, _pack_queries(q, config, words), new_kv, pages)
+    out = _unpack_output(out, config, q.shape)
     is_real = token_places(metadata, num_tokens, kv_pages.shape).position >= 0
-    return jnp.where(is_real[:, None, None], out, 0), kv_pages
+    return jnp.where(is_real[:, None, None], out, 0), pages.reshape(kv_pages.shape)
+
+
+def can_pack(num_kv_heads: int, head_dim: int, dtype: jnp.dtype) -> bool:
+    """Whether a key and its value fill one row of lanes together, and tokens whole 32-bit words."""
+    return 2 * head_dim == LANES and num_kv_heads * dtype.itemsize % 4 == 0
 
 
 def _check(q: jax.Array, layout: KVLayout, metadata: AttentionMetadata) -> None:
     for name, dtype in (("q", q.dtype), ("kv_pages", layout.dtype)):
         if dtype not in _DTYPES:
             raise NotImplementedError(f"{name} is {dtype}: needs bfloat16 or float32")
-    low, high = _HEAD_DIMS
-    if not low <= layout.head_dim <= high or (layout.head_dim > LANES and layout.head_dim % LANES):
+    if not (64 <= layout.head_dim <= LANES or layout.head_dim == 2 * LANES):
         raise NotImplementedError(f"head_dim={layout.head_dim}: needs 64 to 128, or 256")
     rows, max_pages = metadata.page_table.shape
     if 4 * rows * max_pages > _SMEM_BYTES:
@@ -89,7 +98,7 @@ def _check(q: jax.Array, layout: KVLayout, metadata: AttentionMetadata) -> None:
         )
 
 
-def _pack(q: jax.Array, config: KernelConfig, words: int) -> jax.Array:
+def _pack_queries(q: jax.Array, config: KernelConfig, words: int) -> jax.Array:
     """Queries ``[tokens, q_heads, head_dim]`` by kv head, in whole 32-bit words: as in `Refs.q`.
 
     A token is then a row of its own that a copy can begin at, whatever the tiling.
@@ -97,41 +106,29 @@ def _pack(q: jax.Array, config: KernelConfig, words: int) -> jax.Array:
     num_tokens, q_heads, head_dim = q.shape
     own = q_heads // config.kv_heads
     q = q.reshape(num_tokens, config.kv_heads, own, head_dim).swapaxes(0, 1)
-    q = jnp.pad(q, ((0, 0), (0, 0), (0, config.group - own), (0, 0)))
-    return q.reshape(config.kv_heads, num_tokens, config.group // words, words, head_dim)
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, config.group - own), (0, config.width - head_dim)))
+    return q.reshape(config.kv_heads, num_tokens, config.group // words, words, config.width)
 
 
-def _unpack(out: jax.Array, config: KernelConfig, q_heads: int) -> jax.Array:
-    kv_heads, num_tokens, *_, head_dim = out.shape
-    out = out.reshape(kv_heads, num_tokens, config.group, head_dim)[:, :, : q_heads // kv_heads]
-    return out.swapaxes(0, 1).reshape(num_tokens, q_heads, head_dim)
+def _unpack_output(out: jax.Array, config: KernelConfig, shape: tuple[int, ...]) -> jax.Array:
+    num_tokens, q_heads, head_dim = shape
+    out = out.reshape(config.kv_heads, num_tokens, config.group, config.width)
+    out = out[:, :, : q_heads // config.kv_heads, config.width - head_dim :]
+    return out.swapaxes(0, 1).reshape(shape)
 
 
 def _call(
-    config: KernelConfig,
-    work: WorkList,
-    metadata: AttentionMetadata,
-    q: jax.Array,
-    new_kv: jax.Array,
-    kv_pages: jax.Array,
+    config: KernelConfig, metadata: AttentionMetadata, q: jax.Array, new_kv: jax.Array, pages: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    kv_ring = (config.depth, config.kv_pages, *kv_pages.shape[1:])
+    work: WorkList = make_work(metadata, q.shape[1], config.q_tokens)
+    scalars = (*work, metadata.page_table.reshape(-1), metadata.kv_lens, metadata.cu_q_lens)
     rows = config.q_tokens * config.group
     queries = (config.kv_heads, config.q_tokens, *q.shape[2:])
-    in_hbm = pl.BlockSpec(memory_space=pl.ANY)
-    scratch = (
-        pltpu.VMEM(kv_ring, kv_pages.dtype),
-        pltpu.VMEM((config.depth, *queries), q.dtype),
-        pltpu.VMEM((2, *queries), q.dtype),
-        pltpu.VMEM((config.kv_heads, rows, LANES), jnp.float32),
-        pltpu.VMEM((config.kv_heads, rows, LANES), jnp.float32),
-        pltpu.VMEM((config.kv_heads, rows, config.head_dim), jnp.float32),
-        pltpu.SemaphoreType.DMA((config.depth,)),
-        pltpu.SemaphoreType.DMA((config.depth,)),
-        pltpu.SemaphoreType.DMA((2,)),
-        pltpu.SemaphoreType.DMA,
+    keys = pltpu.VMEM(
+        (config.kv_heads, config.kv_tokens, config.width), jnp.promote_types(q.dtype, pages.dtype)
     )
-    scalars = (*work, metadata.page_table.reshape(-1), metadata.kv_lens, metadata.cu_q_lens)
+    statistic = pltpu.VMEM((config.kv_heads, rows, LANES), jnp.float32)
+    in_hbm = pl.BlockSpec(memory_space=pl.ANY)
     return pl.pallas_call(
         functools.partial(kernel, config=config),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -139,12 +136,25 @@ def _call(
             in_specs=[in_hbm] * 3,
             out_specs=[in_hbm] * 2,
             grid=(1,),
-            scratch_shapes=scratch,
+            scratch_shapes=(
+                pltpu.VMEM((config.depth, config.kv_pages, *pages.shape[1:]), pages.dtype),
+                pltpu.VMEM((config.depth, *queries), q.dtype),
+                pltpu.VMEM((2, *queries), q.dtype),
+                keys,
+                keys,
+                statistic,
+                statistic,
+                pltpu.VMEM((config.kv_heads, rows, config.width), jnp.float32),
+                pltpu.SemaphoreType.DMA((config.depth,)),
+                pltpu.SemaphoreType.DMA((config.depth,)),
+                pltpu.SemaphoreType.DMA((2,)),
+                pltpu.SemaphoreType.DMA,
+            ),
         ),
-        out_shape=[jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (q, kv_pages)],
+        out_shape=[jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (q, pages)],
         input_output_aliases={len(scalars) + 2: 1},
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary",), vmem_limit_bytes=64 * 2**20, has_side_effects=True
+            dimension_semantics=("arbitrary",), vmem_limit_bytes=VMEM_LIMIT_BYTES
         ),
         name=NAME,
-    )(*scalars, q, new_kv, kv_pages)
+    )(*scalars, q, new_kv, pages)

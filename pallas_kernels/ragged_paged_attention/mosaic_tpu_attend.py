@@ -7,7 +7,9 @@ base 2, with its factor in the scale: that is what the hardware computes.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,11 +25,16 @@ _MASKED = -1e30
 _LOG2_E = math.log2(math.e)
 
 
-def begin(refs: Refs) -> None:
+def begin(refs: Refs, config: KernelConfig, item: Item) -> None:
     """Empties the accumulators for an item that has seen no key yet."""
-    refs.best[...] = jnp.full(refs.best.shape, _MASKED, jnp.float32)
-    refs.total[...] = jnp.zeros(refs.total.shape, jnp.float32)
-    refs.acc[...] = jnp.zeros(refs.acc.shape, jnp.float32)
+
+    def empty(num_tokens: int) -> None:
+        rows = num_tokens * config.group
+        refs.best[:, :rows] = jnp.full((config.kv_heads, rows, LANES), _MASKED, jnp.float32)
+        refs.total[:, :rows] = jnp.zeros((config.kv_heads, rows, LANES), jnp.float32)
+        refs.acc[:, :rows] = jnp.zeros((config.kv_heads, rows, config.width), jnp.float32)
+
+    _by_size(config, item, empty)
 
 
 def attend_block(
@@ -35,75 +42,94 @@ def attend_block(
 ) -> None:
     """Adds one KV block to an item's accumulators."""
     start = (item.first_page + block * config.kv_pages) * config.page_size
-    is_single = item.count == 1
 
-    @pl.when(is_single)
-    def _() -> None:
-        _attend(refs, config, item, start, q_slot, kv_slot, num_tokens=1, is_masked=True)
+    def attend(num_tokens: int) -> None:
+        if num_tokens == 1:
+            _attend_token(refs, config, item, start, q_slot, kv_slot)
+        else:
+            _attend_chunk(refs, config, item, start, q_slot, kv_slot)
 
-    if config.q_tokens == 1:
-        return
-    sees_all = (start >= item.first_key) & (start + config.kv_tokens <= item.position + 1)
-    if config.sliding_window is not None:
-        sees_all &= start > item.end - 1 - config.sliding_window
-    for is_masked, applies in ((True, ~sees_all), (False, sees_all)):
-
-        @pl.when(~is_single & applies)
-        def _(is_masked: bool = is_masked) -> None:
-            num_tokens = config.q_tokens
-            _attend(refs, config, item, start, q_slot, kv_slot, num_tokens=num_tokens, is_masked=is_masked)
+    _by_size(config, item, attend)
 
 
 def finish(refs: Refs, config: KernelConfig, item: Item, out_slot: jax.Array) -> None:
     """Normalises an item's accumulators into the buffer that its output is copied from."""
 
-    @pl.when(item.count == 1)
-    def _() -> None:
-        _normalise(refs, config, out_slot, num_tokens=1)
+    def normalise(num_tokens: int) -> None:
+        rows = num_tokens * config.group
 
+        def normalise_head(head: Any, _: None) -> None:
+            # A query sees itself at least, so a total is not 0; a NaN must be noticed.
+            total = _across(refs.total[head, :rows], config.width)
+            out = (refs.acc[head, :rows] / total).astype(refs.out_ring.dtype)
+            view, words = _rows(refs.out_ring.at[out_slot, head, pl.ds(0, num_tokens)])
+            view[...] = out if words == 1 else pltpu.bitcast(out, jnp.uint32)
+
+        lax.fori_loop(0, config.kv_heads, normalise_head, None, unroll=num_tokens == 1)
+
+    _by_size(config, item, normalise)
+
+
+def _by_size(config: KernelConfig, item: Item, do: Callable[[int], None]) -> None:
+    """Runs the code for one token, or for a whole query block: both are compiled, with static sizes."""
+    pl.when(item.count == 1)(functools.partial(do, 1))
     if config.q_tokens > 1:
-
-        @pl.when(item.count > 1)
-        def _() -> None:
-            _normalise(refs, config, out_slot, num_tokens=config.q_tokens)
+        pl.when(item.count > 1)(functools.partial(do, config.q_tokens))
 
 
-def _normalise(refs: Refs, config: KernelConfig, out_slot: jax.Array, *, num_tokens: int) -> None:
-    rows = num_tokens * config.group
-    for head in range(config.kv_heads):
-        # A query sees itself at least, so a total is not 0; a NaN must be noticed.
-        total = _across(refs.total[head, :rows], config.head_dim)
-        out = (refs.acc[head, :rows] / total).astype(refs.out_ring.dtype)
-        view, words = _rows(refs.out_ring.at[out_slot, head, pl.ds(0, num_tokens)])
-        view[...] = out if words == 1 else pltpu.bitcast(out, jnp.uint32)
-
-
-def _attend(
-    refs: Refs,
-    config: KernelConfig,
-    item: Item,
-    start: jax.Array,
-    q_slot: jax.Array,
-    kv_slot: jax.Array,
-    *,
-    num_tokens: int,
-    is_masked: bool,
+def _attend_token(
+    refs: Refs, config: KernelConfig, item: Item, start: jax.Array, q_slot: jax.Array, kv_slot: jax.Array
 ) -> None:
-    """Query block of ``num_tokens`` (static) over the KV block whose first key is at position ``start``."""
-    exists = seen = None
-    if is_masked:
-        key = lax.broadcasted_iota(jnp.int32, (config.kv_tokens, config.head_dim), 0)
-        exists = (key >= item.first_key - start) & (key < item.end - start)
-        seen = _seen(config, item.position - start, num_tokens)
-    dtype = jnp.promote_types(refs.q_ring.dtype, config.kv_dtype)
+    """One token over the block whose first key is at position ``start``.
+
+    Heads are short and independent: side by side they fill each other's gaps.
+    """
+    exists = _exists(config, item, start)
+    seen = _seen(config, item.position - start, 1)
     for head in range(config.kv_heads):
-        view, words = _rows(refs.q_ring.at[q_slot, head, pl.ds(0, num_tokens)])
-        queries = view[...]
-        if words > 1:
-            queries = pltpu.bitcast(queries, refs.q_ring.dtype)
         keys, values = _load(refs, config, kv_slot, head, exists)
-        scores = _scores(config, queries.astype(dtype), keys.astype(dtype), seen)
-        _accumulate(refs, head, scores, values.astype(dtype))
+        _accumulate(refs, head, _scores(config, _queries(refs, q_slot, head, 1), keys, seen), values)
+
+
+def _attend_chunk(
+    refs: Refs, config: KernelConfig, item: Item, start: jax.Array, q_slot: jax.Array, kv_slot: jax.Array
+) -> None:
+    """A query block over the block whose first key is at position ``start``; one head fills the machine.
+
+    Only blocks on the edge of what its queries see are masked.
+    """
+    exists = _exists(config, item, start)
+    for head in range(config.kv_heads):
+        refs.keys[head], refs.values[head] = _load(refs, config, kv_slot, head, exists)
+
+    def attend_heads(is_masked: bool) -> None:
+        def attend_head(head: Any, _: None) -> None:
+            queries = _queries(refs, q_slot, head, config.q_tokens)
+            seen = _seen(config, item.position - start, config.q_tokens) if is_masked else None
+            _accumulate(refs, head, _scores(config, queries, refs.keys[head], seen), refs.values[head])
+
+        lax.fori_loop(0, config.kv_heads, attend_head, None)
+
+    sees_all = start + config.kv_tokens <= item.position + 1
+    if config.sliding_window is not None:
+        sees_all &= start > item.end - 1 - config.sliding_window
+    pl.when(sees_all)(functools.partial(attend_heads, False))
+    pl.when(~sees_all)(functools.partial(attend_heads, True))
+
+
+def _queries(refs: Refs, slot: jax.Array, head: Any, num_tokens: int) -> jax.Array:
+    """A head's queries ``[num_tokens * group, width]``, in the dtype of the products."""
+    view, words = _rows(refs.q_ring.at[slot, head, pl.ds(0, num_tokens)])
+    queries = view[...]
+    if words > 1:
+        queries = pltpu.bitcast(queries, refs.q_ring.dtype)
+    return queries.astype(refs.keys.dtype)
+
+
+def _exists(config: KernelConfig, item: Item, start: jax.Array) -> jax.Array:
+    """Which keys of a block are the item's; the rest was left by other blocks. ``[keys, width]``"""
+    key = lax.broadcasted_iota(jnp.int32, (config.kv_tokens, config.width), 0)
+    return (key >= item.first_key - start) & (key < item.end - start)
 
 
 def _seen(config: KernelConfig, position: jax.Array, num_tokens: int) -> jax.Array:
@@ -129,9 +155,9 @@ def _scores(config: KernelConfig, queries: jax.Array, keys: jax.Array, seen: jax
     return scores if seen is None else jnp.where(seen, scores, _MASKED)
 
 
-def _accumulate(refs: Refs, head: int, scores: jax.Array, values: jax.Array) -> None:
+def _accumulate(refs: Refs, head: Any, scores: jax.Array, values: jax.Array) -> None:
     """One step of the online softmax."""
-    rows, head_dim = scores.shape[0], values.shape[1]
+    rows, width = scores.shape[0], values.shape[1]
     best = refs.best[head, :rows]
     new_best = jnp.maximum(best, jnp.max(scores, axis=1, keepdims=True))
     decay = jnp.exp2(best - new_best)
@@ -140,42 +166,48 @@ def _accumulate(refs: Refs, head: int, scores: jax.Array, values: jax.Array) -> 
     refs.best[head, :rows] = new_best
     refs.total[head, :rows] = refs.total[head, :rows] * decay + jnp.sum(weights, axis=1, keepdims=True)
     added = _product(weights.astype(values.dtype), values, contract_keys=0)
-    refs.acc[head, :rows] = refs.acc[head, :rows] * _across(decay, head_dim) + added
+    refs.acc[head, :rows] = refs.acc[head, :rows] * _across(decay, width) + added
 
 
 def _load(
-    refs: Refs, config: KernelConfig, slot: jax.Array, head: int, exists: jax.Array | None
+    refs: Refs, config: KernelConfig, slot: jax.Array, head: int, exists: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """A head's keys and values ``[kv_tokens, head_dim]``, zeros where there is none."""
-    block = refs.kv_ring.at[slot]
-    if jnp.dtype(config.kv_dtype).itemsize == 4:
-        keys, values = (_words(block, config, 2 * head + which) for which in (0, 1))
-        if exists is not None:
-            keys, values = jnp.where(exists, keys, 0.0), jnp.where(exists, values, 0.0)
-        return keys, values
-    # A key is the low half of a word and its value the high half; a bfloat16 is the high half of a float32.
-    words = _words(block.bitcast(jnp.uint32), config, head)
-    if exists is not None:
-        words = jnp.where(exists, words, jnp.uint32(0))
-    halves = (words << 16, words & jnp.uint32(0xFFFF0000))
-    keys, values = (pltpu.bitcast(half, jnp.float32).astype(config.kv_dtype) for half in halves)
+    """A head's keys and values ``[kv_tokens, width]``, zeros where there is none."""
+    if config.is_packed:
+        row = _load_row(refs, config, slot, head, exists)
+        return row, row
+    keys, values = (_load_row(refs, config, slot, 2 * head + which, exists) for which in (0, 1))
     return keys, values
 
 
+def _load_row(
+    refs: Refs, config: KernelConfig, slot: jax.Array, row: int, exists: jax.Array
+) -> jax.Array:
+    """One row of every token of a block, ``[kv_tokens, width]``."""
+    block = refs.kv_ring.at[slot]
+    if jnp.dtype(config.kv_dtype).itemsize == 4:
+        return jnp.where(exists, _words(block, config, row), 0.0).astype(refs.keys.dtype)
+    # Even rows are the low halves of words, odd ones the high halves, as a bfloat16 is of a float32.
+    words = jnp.where(exists, _words(block.bitcast(jnp.uint32), config, row // 2), jnp.uint32(0))
+    half = words & jnp.uint32(0xFFFF0000) if row % 2 else words << 16
+    return pltpu.bitcast(half, jnp.float32).astype(refs.keys.dtype)
+
+
 def _words(block: Any, config: KernelConfig, index: int) -> jax.Array:
-    """One 32-bit row of every token of a block ``[kv_pages, page_size, words_per_token, head_dim]``."""
-    length, head_dim = config.kv_tokens, config.head_dim
+    """One 32-bit row of every token of a block ``[kv_pages, page_size, words_per_token, width]``."""
+    length = config.kv_tokens
     if not config.is_strided:
-        return block[:, :, index, :].reshape(length, head_dim)
-    return block.reshape(length * config.words_per_token, head_dim)[index :: config.words_per_token, :]
+        return block[:, :, index, :].reshape(length, config.width)
+    rows = block.reshape(length * config.words_per_token, config.width)
+    return rows[index :: config.words_per_token, :]
 
 
 def _rows(ref: Any) -> tuple[Any, int]:
-    """Queries or outputs ``[tokens, group / words, words, head_dim]`` as 32-bit rows, and ``words``."""
+    """Queries or outputs ``[tokens, group / words, words, width]`` as 32-bit rows, and ``words``."""
     words = 4 // ref.dtype.itemsize
-    tokens, groups, _, head_dim = ref.shape
+    tokens, groups, _, width = ref.shape
     view = ref if words == 1 else ref.bitcast(jnp.uint32)
-    return view.reshape(tokens * groups, head_dim), words
+    return view.reshape(tokens * groups, width), words
 
 
 def _across(x: jax.Array, width: int) -> jax.Array:

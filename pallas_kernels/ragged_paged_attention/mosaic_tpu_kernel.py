@@ -49,7 +49,7 @@ def run(refs: Refs, config: KernelConfig) -> None:
 
     def walk_item(index: jax.Array, carry: tuple[Cursor, jax.Array]) -> tuple[Cursor, jax.Array]:
         item = _item(refs, config, index)
-        begin(refs)
+        begin(refs, config, item)
 
         def walk_block(block: jax.Array, carry: tuple[Cursor, jax.Array]) -> tuple[Cursor, jax.Array]:
             cursor, number = carry

@@ -21,7 +21,9 @@ class KernelConfig:
         max_pages: columns of the page table.
         kv_heads: key/value heads on this device.
         group: rows of queries a key/value head has per token: its query heads, rounded up to whole words.
-        head_dim: elements of a head.
+        width: elements of a row: of a head, or of its key and value side by side if ``is_packed``.
+        is_packed: a head's key and value are one row. Queries then have zeros where the values are, and of
+            the output the half with the values counts: a matrix unit is wide enough for both at no cost.
         kv_dtype: of the cache; bfloat16 or float32.
         kv_pages: pages in a KV block.
         q_tokens: tokens in a query block; 1 in a pure decode step.
@@ -35,7 +37,8 @@ class KernelConfig:
     max_pages: int
     kv_heads: int
     group: int
-    head_dim: int
+    width: int
+    is_packed: bool
     kv_dtype: Any
     kv_pages: int
     q_tokens: int
@@ -47,9 +50,14 @@ class KernelConfig:
         return self.kv_pages * self.page_size
 
     @property
+    def rows_per_token(self) -> int:
+        """Rows that one token's keys and values take in a page."""
+        return self.kv_heads * (1 if self.is_packed else 2)
+
+    @property
     def words_per_token(self) -> int:
-        """32-bit rows that one token's keys and values take in a page."""
-        return 2 * self.kv_heads * jnp.dtype(self.kv_dtype).itemsize // 4
+        """The same in 32-bit rows: two of bfloat16 are one of those."""
+        return self.rows_per_token * jnp.dtype(self.kv_dtype).itemsize // 4
 
     @property
     def is_strided(self) -> bool:
@@ -59,7 +67,7 @@ class KernelConfig:
         rows of one register; otherwise heads are picked row by row, which is slower.
         """
         rows = self.words_per_token
-        return (rows in (1, 2, 4) or rows % 8 == 0) and (self.head_dim <= LANES)
+        return (rows in (1, 2, 4) or rows % 8 == 0) and self.width <= LANES
 
 
 class Refs(NamedTuple):
@@ -74,17 +82,19 @@ class Refs(NamedTuple):
     page_table: Any  # [rows * max_pages]
     kv_lens: Any  # [rows]
     cu_q_lens: Any  # [rows + 1]
-    q: Any  # [kv_heads, tokens, group / words, words, head_dim]
-    new_kv: Any  # [tokens, 2 * kv_heads, head_dim]
+    q: Any  # [kv_heads, tokens, group / words, words, width]
+    new_kv: Any  # [tokens, rows_per_token, width]
     pages_in: Any  # the same memory as `pages`
     out: Any  # like q
-    pages: Any  # [num_pages, page_size, 2 * kv_heads, head_dim]
-    kv_ring: Any  # [depth, kv_pages, page_size, 2 * kv_heads, head_dim]
-    q_ring: Any  # [depth, kv_heads, q_tokens, group / words, words, head_dim]
-    out_ring: Any  # [2, kv_heads, q_tokens, group / words, words, head_dim]
+    pages: Any  # [num_pages, page_size, rows_per_token, width]
+    kv_ring: Any  # [depth, kv_pages, page_size, rows_per_token, width]
+    q_ring: Any  # [depth, kv_heads, q_tokens, group / words, words, width]
+    out_ring: Any  # [2, kv_heads, q_tokens, group / words, words, width]
+    keys: Any  # [kv_heads, kv_tokens, width], in the dtype of the products
+    values: Any  # like keys
     best: Any  # [kv_heads, q_tokens * group, 128], each row's value in all lanes
     total: Any  # like best
-    acc: Any  # [kv_heads, q_tokens * group, head_dim]
+    acc: Any  # [kv_heads, q_tokens * group, width]
     kv_sems: Any  # [depth]
     q_sems: Any  # [depth]
     out_sems: Any  # [2]

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as simulator
+from jax._src.pallas.mosaic.interpret.shared_memory import Semaphore
 from jax._src.pallas.mosaic.interpret.utils import to_range
 from jax._src.state import indexing
 from jax._src.state.types import BitcastTransform, ReshapeTransform
@@ -32,6 +33,7 @@ def simulated_tpu(*, may_race: bool = False, **options: Any) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(simulator, "get", _with_views_read(simulator.get))
         patch.setattr(simulator, "swap", _with_views_written(simulator.swap, simulator.get))
+        patch.setattr(Semaphore, "wait", _without_patience(Semaphore.wait))
         pltpu.reset_tpu_interpret_mode_state()
         with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True, **options)):
             yield
@@ -42,6 +44,19 @@ def simulated_tpu(*, may_race: bool = False, **options: Any) -> Iterator[None]:
 def races_found() -> bool:
     """Whether the last simulated kernel had a data race."""
     return simulator.races is not None and simulator.races.races_found
+
+
+def _without_patience(wait: Any) -> Any:
+    """On one core nothing can arrive any more when no copy is left to run: hardware would hang."""
+
+    def wait_or_fail(semaphore, *args, **kwargs):
+        def hang(timeout):
+            raise RuntimeError("the kernel waits for a copy that it has not started")
+
+        semaphore.cv.wait = hang
+        return wait(semaphore, *args, **kwargs)
+
+    return wait_or_fail
 
 
 def _with_views_read(get: Any) -> Any:

@@ -1,0 +1,219 @@
+"""The TPU kernel beyond the shared suite: that its checks bite, and what it refuses."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.experimental import pallas as pl
+
+from jaxserve.pallas_kernels.ragged_paged_attention import mosaic_tpu, mosaic_tpu_kernel
+from jaxserve.pallas_kernels.ragged_paged_attention.api import AttentionMetadata, ragged_paged_attention
+from jaxserve.pallas_kernels.ragged_paged_attention.arg_specs import CORRECTNESS_SPECS, ArgSpec
+from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_tpu_work import make_work
+from tests.support import attention_oracle
+from tests.support.attention_inputs import make_step
+from tests.support.implementations import small_blocks
+from tests.support.tolerances import ATTENTION_TOLERANCE
+from tests.support.tpu_interpreter import races_found, simulated_tpu
+
+SPECS = {spec.name: spec for spec in CORRECTNESS_SPECS}
+
+
+def attend(spec: ArgSpec, dtype: str = "float32", *, stored: Any = None) -> tuple[float, np.ndarray]:
+    """The kernel's largest error (NaN if any), and the cache; inside `simulated_tpu`."""
+    step, arrays, metadata = make_step(spec, jnp.dtype(dtype))
+    scale = spec.head_dim**-0.5
+    pages = arrays[3] if stored is None else arrays[3].reshape(stored(arrays[3].shape))
+    out, pages = jax.jit(
+        lambda *args: ragged_paged_attention(
+            *args,
+            metadata,
+            scale=scale,
+            sliding_window=spec.sliding_window,
+            soft_cap=spec.soft_cap,
+            implementation="mosaic_tpu",
+        )
+    )(*arrays[:3], pages)
+    want = attention_oracle.attend(
+        step, scale=scale, sliding_window=spec.sliding_window, soft_cap=spec.soft_cap
+    )
+    return float(np.abs(np.asarray(out, np.float64) - want).max()), np.asarray(pages, np.float64)
+
+
+@pytest.fixture
+def blocks_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mosaic_tpu, "choose_blocks", small_blocks)
+
+
+LOW_PRECISION = (
+    SPECS["head_dim_128"],
+    SPECS["head_dim_256"],
+    SPECS["gqa_3"],  # a group of 3 is filled up to whole words, 3 heads are not read by strides
+    SPECS["gqa_8"],
+    SPECS["gqa_4_one_kv_head"],
+)
+
+
+@pytest.mark.parametrize("spec", LOW_PRECISION, ids=lambda spec: spec.name)
+def test_bfloat16_rows_are_taken_from_their_words(spec: ArgSpec, blocks_are_small: None) -> None:
+    with simulated_tpu():
+        assert attend(spec, "bfloat16")[0] <= ATTENTION_TOLERANCE["bfloat16"]
+
+
+def test_sizes_for_real_contexts_give_the_same() -> None:
+    with simulated_tpu():
+        assert attend(SPECS["mixed"])[0] <= ATTENTION_TOLERANCE["float32"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_packed_cache_is_attended_and_written(dtype: str, blocks_are_small: None) -> None:
+    spec = SPECS["mixed"]
+    with simulated_tpu():
+        error, pages = attend(spec, dtype, stored=lambda s: (*s[:2], s[2] // 2, 2 * s[3]))
+    step, _, _ = make_step(spec, jnp.dtype(dtype))
+    assert error <= ATTENTION_TOLERANCE[dtype]
+    written = attention_oracle.written_pages(step)
+    np.testing.assert_array_equal(pages, written.reshape(pages.shape))
+
+
+# --- mistakes that must be caught ---------------------------------------------------------------------------
+
+
+def pages_not_waited_for(original):
+    def wait(refs, config, index, item, block, number) -> None:
+        pl.when(block == 0)(lambda: mosaic_tpu_kernel._q_copy(refs, config, index, item).wait())
+
+    return wait
+
+
+def new_tokens_not_waited_for(original):
+    def write(refs, config) -> None:
+        each = functools.partial(mosaic_tpu_kernel._for_each_run, refs, config)
+        lax.fori_loop(0, refs.num_items[0], lambda index, _: each(index, lambda copy: copy.start()), None)
+
+    return write
+
+
+class OnlyFirst:
+    """A reference to semaphores that gives the first one, whichever is asked for."""
+
+    def __init__(self, semaphores) -> None:
+        self._semaphores = semaphores
+
+    @property
+    def at(self):
+        return self
+
+    def __getitem__(self, index):
+        return self._semaphores.at[0]
+
+
+def one_semaphore_for_all_slots(original):
+    return lambda refs, *args: original(refs._replace(kv_sems=OnlyFirst(refs.kv_sems)), *args)
+
+
+def the_next_slots_semaphore(original):
+    return lambda refs, config, index, item, block, number: original(
+        refs, config, index, item, block, number + 1
+    )
+
+
+MISTAKES = (
+    ("_wait_for_block", pages_not_waited_for, "on_wait"),
+    ("_wait_for_block", pages_not_waited_for, "eager"),
+    ("_write_new", new_tokens_not_waited_for, "on_wait"),
+    ("_write_new", new_tokens_not_waited_for, "eager"),
+    ("_for_each_page", one_semaphore_for_all_slots, "on_wait"),
+    ("_wait_for_block", the_next_slots_semaphore, "on_wait"),
+)
+
+
+@pytest.mark.parametrize(("name", "plant", "mode"), MISTAKES)
+def test_a_planted_mistake_is_caught(
+    name: str, plant: Any, mode: Any, blocks_are_small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As late as a copy may run, its data are missing; as early as it may, only the race detector sees it."""
+    monkeypatch.setattr(mosaic_tpu_kernel, name, plant(getattr(mosaic_tpu_kernel, name)))
+    with simulated_tpu(may_race=True, dma_execution_mode=mode):
+        try:
+            error, _ = attend(SPECS["mixed"])
+        except jax.errors.JaxRuntimeError as failure:
+            assert "waits for a copy that it has not started" in str(failure)
+        else:
+            assert races_found() or not error <= ATTENTION_TOLERANCE["float32"]
+
+
+# --- the work list ------------------------------------------------------------------------------------------
+
+
+def test_work_covers_every_token_once_and_spreads_single_tokens() -> None:
+    counts = [1, 20, 0, 1, 1, 9, 1, 1, 1, 1, 0]
+    metadata = AttentionMetadata(
+        jnp.zeros((len(counts), 4), jnp.int32),
+        jnp.asarray(counts, jnp.int32),
+        jnp.asarray(np.concatenate([[0], np.cumsum(counts)]), jnp.int32),
+        64,
+    )
+    work = jax.tree.map(np.asarray, make_work(metadata, 64, 8))
+    items = list(zip(work.row[: work.count[0]].tolist(), work.first[: work.count[0]].tolist(), strict=True))
+    tokens = [
+        (row, token) for row, first in items for token in range(first, min(first + 8, counts[row]))
+    ]
+    assert sorted(tokens) == [(row, token) for row, count in enumerate(counts) for token in range(count)]
+    kinds = "".join("d" if counts[row] == 1 else "p" for row, _ in items)
+    assert kinds.count("p") == 5
+    gaps = [len(gap) for gap in kinds.split("p")[1:]]
+    assert max(gaps) - min(gaps) <= 1
+    assert gaps[0] >= 1
+
+
+@pytest.mark.parametrize("counts", [[], [1, 1, 1], [30], [0, 0]])
+def test_work_of_one_kind_keeps_its_order(counts: list[int]) -> None:
+    counts = [*counts, 0]
+    metadata = AttentionMetadata(
+        jnp.zeros((len(counts), 4), jnp.int32),
+        jnp.asarray(counts, jnp.int32),
+        jnp.asarray(np.concatenate([[0], np.cumsum(counts)]), jnp.int32),
+        32,
+    )
+    work = jax.tree.map(np.asarray, make_work(metadata, 32, 8))
+    items = list(zip(work.row[: work.count[0]].tolist(), work.first[: work.count[0]].tolist(), strict=True))
+    want = [(row, first) for row, count in enumerate(counts) for first in range(0, count, 8)]
+    assert items == want
+
+
+# --- what it refuses ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "message"),
+    [
+        ({"head_dim": 32}, "float32", r"head_dim=32: needs 64 to 128, or 256"),
+        ({"head_dim": 192}, "float32", r"head_dim=192: needs 64 to 128, or 256"),
+        ({}, "float16", r"q is float16: needs bfloat16 or float32"),
+    ],
+)
+def test_a_refusal_says_what_and_why(shape: dict[str, int], dtype: str, message: str) -> None:
+    with pytest.raises(NotImplementedError, match=message):
+        attend(ArgSpec(name="refused", rows=((1, 3),), **shape), dtype)
+
+
+def test_a_page_table_beyond_scalar_memory_is_refused() -> None:
+    def args(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
+    metadata = AttentionMetadata(
+        jax.ShapeDtypeStruct((128, 8192), jnp.int32),
+        jax.ShapeDtypeStruct((128,), jnp.int32),
+        jax.ShapeDtypeStruct((129,), jnp.int32),
+        1,
+    )
+    attention = functools.partial(ragged_paged_attention, scale=1.0, implementation="mosaic_tpu")
+    with pytest.raises(NotImplementedError, match=r"page_table is \[128, 8192\].* a larger page_size"):
+        jax.eval_shape(attention, args(128, 4, 128), *[args(128, 2, 128)] * 2, args(9, 16, 4, 128), metadata)
