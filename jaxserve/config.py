@@ -17,7 +17,7 @@ from jaxserve.errors import ConfigError
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Batching = Literal["continuous", "static", "dynamic"]
 Ordering = Literal["fcfs", "priority"]
-Attention = Literal["auto", "reference", "xla"]
+Attention = Literal["auto", "reference", "xla", "mosaic_tpu"]
 Device = Literal["auto", "cpu", "gpu", "tpu"]
 
 
@@ -51,7 +51,9 @@ class ModelConfig:
 class CacheConfig:
     """The paged KV cache."""
 
-    page_size: int = _option(16, "tokens in a KV page; a power of two")
+    page_size: int | None = _option(
+        None, "tokens in a KV page, a power of two; default: 16, on TPUs 128"
+    )
     num_pages: int | None = _option(None, "KV pages; default: as many as fit in memory_fraction")
     memory_fraction: float = _option(
         0.9,
@@ -184,7 +186,7 @@ def check(config: EngineConfig) -> None:
     )
     size = cache.page_size
     _require(
-        _is_int(size) and 1 <= size <= 1024 and size & (size - 1) == 0,
+        size is None or (_is_int(size) and 1 <= size <= 1024 and size & (size - 1) == 0),
         "page_size",
         size,
         "must be a power of two up to 1024",
