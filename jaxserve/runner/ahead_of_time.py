@@ -36,7 +36,14 @@ from jaxserve.runner.slots import empty_slots
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _HOST_OPS = ("infeed", "outfeed", "send", "recv")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?\S+ = (?P<shape>.*?) (?P<op>[a-z][a-z0-9-]*)\(", re.MULTILINE)
-_ARRAY = re.compile(r"(?P<dtype>[a-z]+[0-9]*)\[(?P<dims>[0-9,]*)\]")
+_ARRAY = re.compile(r"(?P<kind>[a-z]+)(?P<bits>[0-9]*)[a-z0-9]*\[(?P<dims>[0-9,]*)\]")
+
+
+class Collective(NamedTuple):
+    """Devices exchanging arrays of a size: ``all-reduce`` and its like, and the bytes of its result."""
+
+    kind: str
+    num_bytes: int
 
 
 class PlannedModel(NamedTuple):
@@ -64,7 +71,7 @@ class StepReport:
         compile_s: seconds to compile it.
         argument_bytes, temporary_bytes: memory of its inputs, and what it needs beside them.
         aliased_bytes: of the outputs that are written over inputs.
-        collectives: kind -> how many.
+        collectives: how many of each; those in branches that a step may not take count too.
         cache_copies: instructions that copy or gather a whole layer's cache.
         host_transfers: instructions that talk to the host while the step runs.
         custom_calls: target -> how many; kernels are among them.
@@ -75,7 +82,7 @@ class StepReport:
     argument_bytes: int
     temporary_bytes: int
     aliased_bytes: int
-    collectives: Mapping[str, int]
+    collectives: Mapping[Collective, int]
     cache_copies: int
     host_transfers: int
     custom_calls: Mapping[str, int]
@@ -166,16 +173,19 @@ def report_step(bucket: Bucket, compiled: Any, cache: jax.ShapeDtypeStruct, comp
     text = compiled.as_text()
     ops = [(match["op"], match["shape"]) for match in _INSTRUCTION.finditer(text)]
     whole = _elements(cache.sharding.shard_shape(cache.shape))
-    count = collections.Counter(op.removesuffix("-start") for op, _ in ops)
+    ops = [(op.removesuffix("-start"), shape) for op, shape in ops]
+    count = collections.Counter(op for op, _ in ops)
     return StepReport(
         bucket=bucket,
         compile_s=compile_s,
         argument_bytes=memory.argument_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
         aliased_bytes=memory.alias_size_in_bytes,
-        collectives={kind: count[kind] for kind in COLLECTIVES if count[kind]},
+        collectives=collections.Counter(
+            Collective(op, sum(_bytes(shape))) for op, shape in ops if op in COLLECTIVES
+        ),
         cache_copies=sum(
-            op.removesuffix("-start") in ("copy", "transpose", *COLLECTIVES) and _largest(shape) >= whole
+            op in ("copy", "transpose", *COLLECTIVES) and max(_sizes(shape), default=0) >= whole
             for op, shape in ops
         ),
         host_transfers=sum(count[op] for op in _HOST_OPS),
@@ -201,9 +211,13 @@ def _elements(shape: Iterable[int]) -> int:
     return count
 
 
-def _largest(shapes: str) -> int:
-    """Elements of the largest array in an HLO type."""
-    return max(
-        (_elements(int(size) for size in match["dims"].split(",") if size) for match in _ARRAY.finditer(shapes)),
-        default=0,
-    )
+def _sizes(shapes: str) -> list[int]:
+    """Elements of each array in an HLO type."""
+    dims = (match["dims"].split(",") for match in _ARRAY.finditer(shapes))
+    return [_elements(int(size) for size in each if size) for each in dims]
+
+
+def _bytes(shapes: str) -> list[int]:
+    """Bytes of each array in an HLO type."""
+    bits = (int(match["bits"] or 8) for match in _ARRAY.finditer(shapes))
+    return [size * each // 8 for size, each in zip(_sizes(shapes), bits, strict=True)]

@@ -45,8 +45,8 @@ def ragged_paged_attention(
     A cache with heads of 64 elements is best stored packed (`KVLayout.packed`); otherwise XLA copies all of it.
 
     Raises:
-        NotImplementedError: for float16 and 8-bit types, heads below 64 or above 256 elements, and page tables
-            that do not fit in scalar memory.
+        NotImplementedError: for float16 and 8-bit types, heads below 64 or above 256 elements, an odd number of
+            bfloat16 heads of 64, and page tables that do not fit in scalar memory.
     """
     layout = KVLayout.of(kv_pages)
     _check(q, layout, metadata)
@@ -90,6 +90,11 @@ def _check(q: jax.Array, layout: KVLayout, metadata: AttentionMetadata) -> None:
             raise NotImplementedError(f"{name} is {dtype}: needs bfloat16 or float32")
     if not (64 <= layout.head_dim <= LANES or layout.head_dim == 2 * LANES):
         raise NotImplementedError(f"head_dim={layout.head_dim}: needs 64 to 128, or 256")
+    if 2 * layout.head_dim == LANES and not can_pack(layout.num_kv_heads, layout.head_dim, layout.dtype):
+        raise NotImplementedError(
+            f"{layout.num_kv_heads} kv heads of {layout.head_dim} {layout.dtype} on a device: needs an even "
+            "number, that tokens may be whole 32-bit words; fewer devices have more heads each"
+        )
     rows, max_pages = metadata.page_table.shape
     if 4 * rows * max_pages > _SMEM_BYTES:
         raise NotImplementedError(

@@ -54,9 +54,10 @@ def blocks_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
 LOW_PRECISION = (
     SPECS["head_dim_128"],
     SPECS["head_dim_256"],
-    SPECS["gqa_3"],  # a group of 3 is filled up to whole words, 3 heads are not read by strides
     SPECS["gqa_8"],
-    SPECS["gqa_4_one_kv_head"],
+    # A group of 3 is filled up to whole words, and 3 heads are not read by strides.
+    ArgSpec(name="three_heads", rows=((1, 20), (6, 18)), num_q_heads=9, num_kv_heads=3, head_dim=128),
+    ArgSpec(name="one_head", rows=((1, 20), (6, 18)), num_kv_heads=1, head_dim=128),
 )
 
 
@@ -197,6 +198,7 @@ def test_work_of_one_kind_keeps_its_order(counts: list[int]) -> None:
         ({"head_dim": 32}, "float32", r"head_dim=32: needs 64 to 128, or 256"),
         ({"head_dim": 192}, "float32", r"head_dim=192: needs 64 to 128, or 256"),
         ({}, "float16", r"q is float16: needs bfloat16 or float32"),
+        ({"num_q_heads": 3, "num_kv_heads": 1}, "bfloat16", r"1 kv heads of 64 bfloat16 .* needs an even number"),
     ],
 )
 def test_a_refusal_says_what_and_why(shape: dict[str, int], dtype: str, message: str) -> None:
