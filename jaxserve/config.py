@@ -32,6 +32,16 @@ def _default_cache_dir() -> Path:
     return Path(root).expanduser()
 
 
+def compile_without_devices() -> None:
+    """Tells JAX and libtpu, before they are loaded, that this process only compiles: it looks for no TPU."""
+    for name, value in {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }.items():
+        os.environ.setdefault(name, value)
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """Which weights, in which precision."""
@@ -51,9 +61,7 @@ class ModelConfig:
 class CacheConfig:
     """The paged KV cache."""
 
-    page_size: int | None = _option(
-        None, "tokens in a KV page, a power of two; default: 16, on TPUs 128"
-    )
+    page_size: int | None = _option(None, "tokens in a KV page, a power of two; default: 16, on TPUs 128")
     num_pages: int | None = _option(None, "KV pages; default: as many as fit in memory_fraction")
     memory_fraction: float = _option(
         0.9,
@@ -100,6 +108,9 @@ class RunnerConfig:
         None, "token counts compiled for steps with prefill; the last is max_num_batched_tokens"
     )
     row_buckets: tuple[int, ...] | None = _option(None, "row counts compiled for pure decode steps")
+    bundle: Path | None = _option(
+        None, "folder made by `jaxserve compile`: its programs and sizes are used, nothing is compiled"
+    )
     compile_cache: bool = _option(True, "keep compiled programs in the cache folder for the next start")
 
 

@@ -22,9 +22,9 @@ class KVLayout:
     holds whole heads. Page 0 is the null page: no request owns it, page tables are padded with it, and
     padding tokens may be written to it.
 
-    Packed, it is ``[num_pages, page_size, num_kv_heads, 2 * head_dim]``: a head's key and value side by side. In
-    row-major memory these are the same bytes; a TPU, which fills up rows to 128 elements, needs half the memory
-    for heads of 64.
+    Packed, it is ``[num_pages, page_size, num_kv_heads, 2 * head_dim]``: a head's key and value side by side.
+    In row-major memory these are the same bytes; a TPU, which fills up rows to 128 elements, needs half the
+    memory for heads of 64.
 
     Attributes:
         page_size: tokens in a page.

@@ -28,7 +28,6 @@ from jaxserve.models.sharding import (
     sharding_for,
 )
 from jaxserve.platforms import Platform
-from jaxserve.runner.model_runner import admission_sizes
 from jaxserve.runner.programs import Programs
 from jaxserve.runner.resolve import ResolvedConfig, resolve, resolve_dtype
 from jaxserve.runner.slots import empty_slots
@@ -88,7 +87,9 @@ class StepReport:
     custom_calls: Mapping[str, int]
 
 
-def plan_model(model: DecoderConfig, dtype: str, devices: list[Any], tensor_parallel_size: int) -> PlannedModel:
+def plan_model(
+    model: DecoderConfig, dtype: str, devices: list[Any], tensor_parallel_size: int
+) -> PlannedModel:
     """A model's shapes over the first devices. Raises ConfigError if they cannot share it evenly."""
     placement = Placement(make_mesh(tensor_parallel_size, devices))
     check_divisible(model, placement.mesh, placement.rules)
@@ -137,9 +138,9 @@ def compile_steps(
     planned: PlannedModel,
     resolved: ResolvedConfig,
     buckets: Iterable[Bucket],
-    on_compiled: Callable[[], object] = lambda: None,
+    admission_sizes: Iterable[int] = (),
 ) -> Programs:
-    """The programs of some buckets, and those of admissions."""
+    """The programs of some buckets, and of some sizes of admissions."""
     replicated = planned.placement.sharding()
     slots = jax.tree.map(
         lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=replicated),
@@ -152,11 +153,11 @@ def compile_steps(
         planned.placement,
         config.runner.attention,
         buckets=buckets,
-        admission_sizes=admission_sizes(resolved.num_slots),
+        admission_sizes=admission_sizes,
         params_of=lambda bucket: params,
         caches=caches,
         slots=slots,
-        on_compiled=on_compiled,
+        on_compiled=lambda: None,
     )
 
 

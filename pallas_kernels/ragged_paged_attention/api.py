@@ -50,7 +50,8 @@ def ragged_paged_attention(
         k: ``[tokens, kv_heads, head_dim]``, rotary embedding applied.
         v: ``[tokens, kv_heads, head_dim]``.
         kv_pages: ``[num_pages, page_size, 2 * kv_heads, head_dim]``, or packed (`KVLayout`); it is returned
-            as it came. Written in place if the caller's jit donates it. Pages that no row owns, and page 0, may hold anything, NaN included.
+            as it came. Written in place if the caller's jit donates it. Pages that no row owns, and page 0,
+            may hold anything, NaN included.
         metadata: which token belongs to which row, and where each row's pages are. Page ids and lengths are
             trusted: the caller checked them on the host.
         scale: multiplies the scores.

@@ -1,9 +1,9 @@
 """Ragged paged attention on TPUs: one Pallas kernel (Mosaic) for a whole mixed batch, the KV write included.
 
 This module checks the input, lays it out for the kernel and calls it; `mosaic_tpu_work` orders the work,
-`mosaic_tpu_kernel` moves the data, `mosaic_tpu_attend` computes, `mosaic_tpu_blocks` has the sizes. After Ragged
-Paged Attention (jax-ml/jax, `jax.experimental.pallas.ops.tpu.ragged_paged_attention`), which reads its cache in
-the same way.
+`mosaic_tpu_kernel` moves the data, `mosaic_tpu_attend` computes, `mosaic_tpu_blocks` has the sizes. After
+Ragged Paged Attention (jax-ml/jax, `jax.experimental.pallas.ops.tpu.ragged_paged_attention`), which reads its
+cache in the same way.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ def ragged_paged_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """See `jaxserve.pallas_kernels.ragged_paged_attention.api.ragged_paged_attention`.
 
-    A cache with heads of 64 elements is best stored packed (`KVLayout.packed`); otherwise XLA copies all of it.
+    A cache with heads of 64 elements is best stored packed (`KVLayout.is_packed`): otherwise XLA copies it.
 
     Raises:
-        NotImplementedError: for float16 and 8-bit types, heads below 64 or above 256 elements, an odd number of
-            bfloat16 heads of 64, and page tables that do not fit in scalar memory.
+        NotImplementedError: for float16 and 8-bit types, heads below 64 or above 256 elements, an odd number
+            of bfloat16 heads of 64, and page tables that do not fit in scalar memory.
     """
     layout = KVLayout.of(kv_pages)
     _check(q, layout, metadata)
@@ -133,13 +133,14 @@ def _call(
         (config.kv_heads, config.kv_tokens, config.width), jnp.promote_types(q.dtype, pages.dtype)
     )
     statistic = pltpu.VMEM((config.kv_heads, rows, LANES), jnp.float32)
-    in_hbm = pl.BlockSpec(memory_space=pl.ANY)
+    # XLA may keep what is small near the core; the cache stays where it is, however small.
+    anywhere, in_hbm = pl.BlockSpec(memory_space=pl.ANY), pl.BlockSpec(memory_space=pltpu.HBM)
     return pl.pallas_call(
         functools.partial(kernel, config=config),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
-            in_specs=[in_hbm] * 3,
-            out_specs=[in_hbm] * 2,
+            in_specs=[anywhere, anywhere, in_hbm],
+            out_specs=[anywhere, in_hbm],
             grid=(1,),
             scratch_shapes=(
                 pltpu.VMEM((config.depth, config.kv_pages, *pages.shape[1:]), pages.dtype),
@@ -156,7 +157,7 @@ def _call(
                 pltpu.SemaphoreType.DMA,
             ),
         ),
-        out_shape=[jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (q, pages)],
+        out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), pltpu.HBM(pages.shape, pages.dtype)],
         input_output_aliases={len(scalars) + 2: 1},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary",), vmem_limit_bytes=VMEM_LIMIT_BYTES

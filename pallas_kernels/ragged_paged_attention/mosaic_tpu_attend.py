@@ -1,8 +1,8 @@
 """Attention of one query block over one KV block, in VMEM: online softmax in float32.
 
 Milakov & Gimelshein 2018, algorithm 3; Dao et al. 2022. All query heads of a key/value head are rows of one
-product, so that a decode token fills ``group`` rows and a chunk's block ``q_tokens * group``. Exponentials have
-base 2, with its factor in the scale: that is what the hardware computes.
+product, so that a decode token fills ``group`` rows and a chunk's block ``q_tokens * group``. Exponentials
+have base 2, with its factor in the scale: that is what the hardware computes.
 """
 
 from __future__ import annotations
@@ -180,9 +180,7 @@ def _load(
     return keys, values
 
 
-def _load_row(
-    refs: Refs, config: KernelConfig, slot: jax.Array, row: int, exists: jax.Array
-) -> jax.Array:
+def _load_row(refs: Refs, config: KernelConfig, slot: jax.Array, row: int, exists: jax.Array) -> jax.Array:
     """One row of every token of a block, ``[kv_tokens, width]``."""
     block = refs.kv_ring.at[slot]
     if jnp.dtype(config.kv_dtype).itemsize == 4:

@@ -1,16 +1,16 @@
 """The TPU kernel's body: copies, and attention of one item at a time.
 
-A core walks the work list item by item, and each item's context a *KV block* of pages at a time. Blocks travel
-through a ring of buffers: while one is computed, the next ``depth - 1``, of this item or of later ones, are on
-their way. A block's slot in the ring is its running number modulo ``depth``, an item's slot for queries its
-index modulo ``depth``:
+A core walks the work list item by item, and each item's context a *KV block* of pages at a time. Blocks
+travel through a ring of buffers: while one is computed, the next ``depth - 1``, of this item or of later
+ones, are on their way. A block's slot in the ring is its running number modulo ``depth``, an item's slot for
+queries its index modulo ``depth``:
 
     block     | item 0: 0 | 1 | 2 | item 1: 3 | item 2: 4 | 5 | ...
     slot            0     | 1 | 2 |         0 |         1 | 2 |         (depth 3)
-                            ^ computed here: 2 and 3 are in flight, 3 was started when this one began
+                            ^ computed here: 2 is in flight, and 3 is started into the slot that 0 has left
 
-Only pages that the item needs are copied, and of them only tokens that exist. Everything else in a slot is left
-over from earlier blocks and may be NaN: scores and values of it are replaced before they are used.
+Only pages that the item needs are copied, and of them only tokens that exist. Everything else in a slot is
+left over from earlier blocks and may be NaN: scores and values of it are replaced before they are used.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def _page(refs: Refs, config: KernelConfig, row: jax.Array, column: jax.Array) -
     return refs.page_table[row * config.max_pages + column]
 
 
-# --- new keys and values --------------------------------------------------------------------------------------
+# --- new keys and values ---------------------------------------------------------------------------------
 
 
 def _write_new(refs: Refs, config: KernelConfig) -> None:
@@ -135,7 +135,7 @@ def _for_each_run(refs: Refs, config: KernelConfig, index: jax.Array, use: Any) 
     lax.fori_loop(first_column, end_column, run_in_page, None)
 
 
-# --- copies of the ring ---------------------------------------------------------------------------------------
+# --- copies of the ring ----------------------------------------------------------------------------------
 
 
 def _fetch_next(refs: Refs, config: KernelConfig, cursor: Cursor) -> Cursor:

@@ -61,7 +61,7 @@ def _items(blocks_of_row: jax.Array, block_tokens: int, capacity: int) -> WorkLi
 
 
 def _spread(singles: WorkList, chunks: WorkList, capacity: int) -> WorkList:
-    """Both lists in one, evenly: item i is a chunk's where the line ``i * chunks / all`` reaches an integer."""
+    """Both lists in one: item i is a chunk's where the line ``i * chunks / all`` reaches an integer."""
     num_chunks = chunks.count[0]
     total = singles.count[0] + num_chunks
     item = jnp.arange(capacity, dtype=jnp.int32)

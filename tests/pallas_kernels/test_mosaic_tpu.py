@@ -30,16 +30,14 @@ def attend(spec: ArgSpec, dtype: str = "float32", *, stored: Any = None) -> tupl
     step, arrays, metadata = make_step(spec, jnp.dtype(dtype))
     scale = spec.head_dim**-0.5
     pages = arrays[3] if stored is None else arrays[3].reshape(stored(arrays[3].shape))
-    out, pages = jax.jit(
-        lambda *args: ragged_paged_attention(
-            *args,
-            metadata,
-            scale=scale,
-            sliding_window=spec.sliding_window,
-            soft_cap=spec.soft_cap,
-            implementation="mosaic_tpu",
-        )
-    )(*arrays[:3], pages)
+    attention = functools.partial(
+        ragged_paged_attention,
+        scale=scale,
+        sliding_window=spec.sliding_window,
+        soft_cap=spec.soft_cap,
+        implementation="mosaic_tpu",
+    )
+    out, pages = jax.jit(attention)(*arrays[:3], pages, metadata)
     want = attention_oracle.attend(
         step, scale=scale, sliding_window=spec.sliding_window, soft_cap=spec.soft_cap
     )
@@ -142,12 +140,19 @@ def test_a_planted_mistake_is_caught(
     """As late as a copy may run, its data are missing; as early as it may, only the race detector sees it."""
     monkeypatch.setattr(mosaic_tpu_kernel, name, plant(getattr(mosaic_tpu_kernel, name)))
     with simulated_tpu(may_race=True, dma_execution_mode=mode):
-        try:
-            error, _ = attend(SPECS["mixed"])
-        except jax.errors.JaxRuntimeError as failure:
-            assert "waits for a copy that it has not started" in str(failure)
-        else:
-            assert races_found() or not error <= ATTENTION_TOLERANCE["float32"]
+        error, _ = attend(SPECS["mixed"])
+        assert races_found() or not error <= ATTENTION_TOLERANCE["float32"]
+
+
+def test_a_wait_for_what_was_never_started_fails_instead_of_hanging(
+    blocks_are_small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mosaic_tpu_kernel, "_fetch_next", lambda refs, config, cursor: cursor)
+    with (
+        pytest.raises(jax.errors.JaxRuntimeError, match="waits for a copy that it has not started"),
+        simulated_tpu(may_race=True),
+    ):
+        attend(SPECS["mixed"])
 
 
 # --- the work list ------------------------------------------------------------------------------------------
@@ -163,9 +168,7 @@ def test_work_covers_every_token_once_and_spreads_single_tokens() -> None:
     )
     work = jax.tree.map(np.asarray, make_work(metadata, 64, 8))
     items = list(zip(work.row[: work.count[0]].tolist(), work.first[: work.count[0]].tolist(), strict=True))
-    tokens = [
-        (row, token) for row, first in items for token in range(first, min(first + 8, counts[row]))
-    ]
+    tokens = [(row, token) for row, first in items for token in range(first, min(first + 8, counts[row]))]
     assert sorted(tokens) == [(row, token) for row, count in enumerate(counts) for token in range(count)]
     kinds = "".join("d" if counts[row] == 1 else "p" for row, _ in items)
     assert kinds.count("p") == 5
@@ -198,7 +201,11 @@ def test_work_of_one_kind_keeps_its_order(counts: list[int]) -> None:
         ({"head_dim": 32}, "float32", r"head_dim=32: needs 64 to 128, or 256"),
         ({"head_dim": 192}, "float32", r"head_dim=192: needs 64 to 128, or 256"),
         ({}, "float16", r"q is float16: needs bfloat16 or float32"),
-        ({"num_q_heads": 3, "num_kv_heads": 1}, "bfloat16", r"1 kv heads of 64 bfloat16 .* needs an even number"),
+        (
+            {"num_q_heads": 3, "num_kv_heads": 1},
+            "bfloat16",
+            r"1 kv heads of 64 bfloat16 .* needs an even number",
+        ),
     ],
 )
 def test_a_refusal_says_what_and_why(shape: dict[str, int], dtype: str, message: str) -> None:
@@ -207,15 +214,11 @@ def test_a_refusal_says_what_and_why(shape: dict[str, int], dtype: str, message:
 
 
 def test_a_page_table_beyond_scalar_memory_is_refused() -> None:
-    def args(*shape):
-        return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    def args(*shape, dtype: Any = jnp.bfloat16) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype)
 
-    metadata = AttentionMetadata(
-        jax.ShapeDtypeStruct((128, 8192), jnp.int32),
-        jax.ShapeDtypeStruct((128,), jnp.int32),
-        jax.ShapeDtypeStruct((129,), jnp.int32),
-        1,
-    )
+    sizes = ((128, 8192), (128,), (129,))
+    metadata = AttentionMetadata(*(args(*size, dtype=jnp.int32) for size in sizes), max_q_len=1)
     attention = functools.partial(ragged_paged_attention, scale=1.0, implementation="mosaic_tpu")
     with pytest.raises(NotImplementedError, match=r"page_table is \[128, 8192\].* a larger page_size"):
         jax.eval_shape(attention, args(128, 4, 128), *[args(128, 2, 128)] * 2, args(9, 16, 4, 128), metadata)

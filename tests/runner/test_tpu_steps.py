@@ -23,7 +23,7 @@ from tests.support.tpu_compiler import devices, needs_libtpu
 pytestmark = needs_libtpu
 
 # Two layers with a small vocabulary compile in seconds; everything else has the size that is served.
-LLAMA_8B = {
+LLAMA_8B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "hidden_size": 4096,
     "intermediate_size": 14336,
@@ -93,7 +93,7 @@ def test_a_step_keeps_its_cache_in_place(model: str, topology: str, num_devices:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("tokens", [64, 512])
 def test_a_sharded_step_talks_twice_a_layer(tokens: int) -> None:
-    """After attention and after the feed-forward layer, and once for the embedding; the sampler says little."""
+    """After attention and the feed-forward layer, and once for the embedding; the sampler says little."""
     report, _, _ = compiled("8b", "v6e:2x4", 8, tokens)
     activations = Collective("all-reduce", tokens * LLAMA_8B["hidden_size"] * 2)
     assert report.collectives[activations] == 2 * NUM_LAYERS + 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import pytest
 
@@ -27,7 +27,7 @@ def takes(implementation: str, dtype: str) -> bool:
 
 
 @contextlib.contextmanager
-def able_to_run(implementation: str) -> Iterator[None]:
+def able_to_run(implementation: str) -> Generator[None]:
     """Inside, the implementation can be traced and run; its results must be read inside too."""
     if implementation != "mosaic_tpu":
         yield

@@ -1,14 +1,15 @@
 """Runs Pallas TPU kernels on the CPU, with JAX's simulation of DMA, semaphores and memory, and finds races.
 
-The simulator reads and writes buffers through indices only. Here it also learns views: a load or store through
-a reference that was reshaped, or whose 16-bit elements are read as 32-bit words, as the compiled kernel does it.
+The simulator reads and writes buffers through indices only. Here it also learns views: a load or store
+through a reference that was reshaped, or whose 16-bit elements are read as 32-bit words, as the compiled
+kernel does it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import jax
@@ -23,7 +24,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 
 @contextlib.contextmanager
-def simulated_tpu(*, may_race: bool = False, **options: Any) -> Iterator[None]:
+def simulated_tpu(*, may_race: bool = False, **options: Any) -> Generator[None]:
     """Pallas TPU kernels that are traced in here run in the simulator; what has begun ends in here too.
 
     Args:
@@ -100,14 +101,12 @@ def _split(transforms: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
 
 
 def _apply(value: np.ndarray, view: Any) -> np.ndarray:
-    match view:
-        case ReshapeTransform(shape=shape):
-            return value.reshape(shape)
-        case BitcastTransform(dtype=dtype):
-            return _words(value, np.dtype(dtype))
-        case indexing.NDIndexer():
-            return value[to_range((jax.tree.map(int, view),))]
-    raise NotImplementedError(view)
+    if isinstance(view, ReshapeTransform):
+        return value.reshape(view.shape)
+    if isinstance(view, BitcastTransform):
+        return _words(value, np.dtype(view.dtype))
+    assert isinstance(view, indexing.NDIndexer), view
+    return value[to_range((jax.tree.map(int, view),))]
 
 
 def _undo(value: np.ndarray, view: Any, whole: np.ndarray) -> np.ndarray:
