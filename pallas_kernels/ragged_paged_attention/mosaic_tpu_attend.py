@@ -84,37 +84,46 @@ def _attend_token(
 
     Heads are short and independent: side by side they fill each other's gaps.
     """
-    exists = _exists(config, item, start)
-    seen = _seen(config, item.position - start, 1)
-    for head in range(config.kv_heads):
-        keys, values = _load(refs, config, kv_slot, head, exists)
-        _accumulate(refs, head, _scores(config, _queries(refs, q_slot, head, 1), keys, seen), values)
+
+    def attend_heads(is_edge: bool) -> None:
+        exists = _exists(config, item, start) if is_edge else None
+        seen = _seen(config, item.position - start, 1) if is_edge else None
+        load = _loader(refs, config, kv_slot, exists)
+        for head in range(config.kv_heads):
+            keys, values = load(head)
+            _accumulate(refs, head, _scores(config, _queries(refs, q_slot, head, 1), keys, seen), values)
+
+    _inside_or_on_the_edge(config, item, start, attend_heads)
 
 
 def _attend_chunk(
     refs: Refs, config: KernelConfig, item: Item, start: jax.Array, q_slot: jax.Array, kv_slot: jax.Array
 ) -> None:
-    """A query block over the block whose first key is at position ``start``; one head fills the machine.
-
-    Only blocks on the edge of what its queries see are masked.
-    """
-    exists = _exists(config, item, start)
+    """A query block over the block whose first key is at position ``start``; one head fills the machine."""
+    load = _loader(refs, config, kv_slot, _exists(config, item, start))
     for head in range(config.kv_heads):
-        refs.keys[head], refs.values[head] = _load(refs, config, kv_slot, head, exists)
+        refs.keys[head], refs.values[head] = load(head)
 
-    def attend_heads(is_masked: bool) -> None:
+    def attend_heads(is_edge: bool) -> None:
         def attend_head(head: Any, _: None) -> None:
             queries = _queries(refs, q_slot, head, config.q_tokens)
-            seen = _seen(config, item.position - start, config.q_tokens) if is_masked else None
+            seen = _seen(config, item.position - start, config.q_tokens) if is_edge else None
             _accumulate(refs, head, _scores(config, queries, refs.keys[head], seen), refs.values[head])
 
         lax.fori_loop(0, config.kv_heads, attend_head, None)
 
-    sees_all = start + config.kv_tokens <= item.position + 1
+    _inside_or_on_the_edge(config, item, start, attend_heads)
+
+
+def _inside_or_on_the_edge(
+    config: KernelConfig, item: Item, start: jax.Array, attend: Callable[[bool], None]
+) -> None:
+    """Runs the code for blocks that every token of the item sees wholly, or the one that masks."""
+    is_inside = start + config.kv_tokens <= item.position + 1
     if config.sliding_window is not None:
-        sees_all &= start > item.end - 1 - config.sliding_window
-    pl.when(sees_all)(functools.partial(attend_heads, False))
-    pl.when(~sees_all)(functools.partial(attend_heads, True))
+        is_inside &= start > item.end - 1 - config.sliding_window
+    pl.when(is_inside)(functools.partial(attend, False))
+    pl.when(~is_inside)(functools.partial(attend, True))
 
 
 def _queries(refs: Refs, slot: jax.Array, head: Any, num_tokens: int) -> jax.Array:
@@ -169,26 +178,32 @@ def _accumulate(refs: Refs, head: Any, scores: jax.Array, values: jax.Array) -> 
     refs.acc[head, :rows] = refs.acc[head, :rows] * _across(decay, width) + added
 
 
-def _load(
-    refs: Refs, config: KernelConfig, slot: jax.Array, head: int, exists: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """A head's keys and values ``[kv_tokens, width]``, zeros where there is none."""
-    if config.is_packed:
-        row = _load_row(refs, config, slot, head, exists)
-        return row, row
-    keys, values = (_load_row(refs, config, slot, 2 * head + which, exists) for which in (0, 1))
-    return keys, values
+def _loader(
+    refs: Refs, config: KernelConfig, slot: jax.Array, exists: jax.Array | None
+) -> Callable[[int], tuple[jax.Array, jax.Array]]:
+    """Gives a head's keys and values ``[kv_tokens, width]``, zeros where ``exists`` (if given) is false."""
+    block, is_word = refs.kv_ring.at[slot], jnp.dtype(config.kv_dtype).itemsize == 4
 
+    @functools.cache  # two rows of bfloat16 are loaded as one of words
+    def load_words(index: int) -> jax.Array:
+        words = _words(block if is_word else block.bitcast(jnp.uint32), config, index)
+        return words if exists is None else jnp.where(exists, words, jnp.zeros((), words.dtype))
 
-def _load_row(refs: Refs, config: KernelConfig, slot: jax.Array, row: int, exists: jax.Array) -> jax.Array:
-    """One row of every token of a block, ``[kv_tokens, width]``."""
-    block = refs.kv_ring.at[slot]
-    if jnp.dtype(config.kv_dtype).itemsize == 4:
-        return jnp.where(exists, _words(block, config, row), 0.0).astype(refs.keys.dtype)
-    # Even rows are the low halves of words, odd ones the high halves, as a bfloat16 is of a float32.
-    words = jnp.where(exists, _words(block.bitcast(jnp.uint32), config, row // 2), jnp.uint32(0))
-    half = words & jnp.uint32(0xFFFF0000) if row % 2 else words << 16
-    return pltpu.bitcast(half, jnp.float32).astype(refs.keys.dtype)
+    def load_row(row: int) -> jax.Array:
+        if is_word:
+            return load_words(row).astype(refs.keys.dtype)
+        # Even rows are the low halves of words, odd ones the high halves, as a bfloat16 is of a float32.
+        words = load_words(row // 2)
+        words = words & jnp.uint32(0xFFFF0000) if row % 2 else words << 16
+        return pltpu.bitcast(words, jnp.float32).astype(refs.keys.dtype)
+
+    def load(head: int) -> tuple[jax.Array, jax.Array]:
+        if config.is_packed:
+            row = load_row(head)
+            return row, row
+        return load_row(2 * head), load_row(2 * head + 1)
+
+    return load
 
 
 def _words(block: Any, config: KernelConfig, index: int) -> jax.Array:
