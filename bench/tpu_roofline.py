@@ -1,13 +1,14 @@
-"""What decode steps cost at least on each TPU generation, computed from the compiled programs: nothing is run.
+"""What decode steps cost at least on each TPU generation, computed from compiled programs: nothing is run.
 
     python bench/tpu_roofline.py --output bench/results/tpu_roofline.jsonl
 
-The TPU compiler (libtpu, no TPU) compiles a model's decode step with one and with two layers. The difference of
-its counts of operations, and of the collectives in the program, is a layer, which is then taken as often as the
-model has it. Bytes of memory are counted by hand, because the compiler counts what it moves within the chip
-too: every weight once, and every key and value of the context once. Memory, matrix units and links run at the
-peak that `jaxserve.platforms.tpu` has, memory and arithmetic in parallel, links after them; waiting for links
-and starting programs cost nothing. So these are bounds that no step can beat, and not times that one has taken.
+The TPU compiler (libtpu, no TPU) compiles a model's decode step with one and with two layers. The
+difference of its counts of operations, and of the collectives in the program, is a layer, which is then
+taken as often as the model has it. Bytes of memory are counted by hand, because the compiler counts what it
+moves within the chip too: every weight once, and every key and value of the context once. Memory, matrix
+units and links run at the peak that `jaxserve.platforms.tpu` has, memory and arithmetic in parallel, links
+after them; waiting for links and starting programs cost nothing. So these are bounds that no step can beat,
+and not times that one has taken.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ def link_bytes(report: StepReport, devices: int) -> float:
 
 @functools.cache
 def program_cost(model: str, topology: str, devices: int, rows: int, layers: int) -> Cost:
-    """A decode program with some layers: the compiler's operations, and its links; attention's are not in it."""
+    """A decode program with some layers: the compiler's operations, and its links; attention is not in it."""
     hf: Any = MODELS[model] | {"num_hidden_layers": layers}
     config = EngineConfig.from_flat(
         {

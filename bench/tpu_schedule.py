@@ -1,12 +1,12 @@
-"""How the TPU compiler schedules the attention kernel's decode loop: are copies started before the arithmetic?
+"""How the TPU compiler schedules the attention kernel's decode loop: do copies run under the arithmetic?
 
     python bench/tpu_schedule.py --output bench/results/tpu_schedule.jsonl
 
-Compiles one layer's attention for Llama 3.1 8B in a process of its own, which has the compiler write down its
-final instruction bundles (one is issued a cycle), and reads them. Nothing is run: bundles are a lower bound of
-cycles, transfers are taken at peak bandwidth. `clock_to_hide_ghz` is the clock from which on the arithmetic of a
-KV block, and the starting of the next block's copies, take less time than the block's transfer: above it,
-decode attention is bound by memory.
+Compiles one layer's attention for Llama 3.1 8B in a process of its own, which has the compiler write down
+its final instruction bundles (one is issued a cycle), and reads them. Nothing is run: bundles are a lower
+bound of cycles, transfers are taken at peak bandwidth. `clock_to_hide_ghz` is the clock from which on the
+arithmetic of a KV block, and the starting of the next block's copies, take less time than the block's
+transfer: above it, decode attention is bound by memory.
 """
 
 from __future__ import annotations

@@ -55,6 +55,7 @@ def ragged_paged_attention(
     group = -(-(q_heads // layout.num_kv_heads) // words) * words
     is_packed = can_pack(layout.num_kv_heads, head_dim, layout.dtype)
     blocks = choose_blocks(layout, group, metadata)
+    work = make_work(metadata, num_tokens, blocks.q_tokens, blocks.cores)
     config = KernelConfig(
         scale=scale,
         sliding_window=sliding_window,
@@ -69,11 +70,13 @@ def ragged_paged_attention(
         kv_pages=blocks.kv_pages,
         q_tokens=blocks.q_tokens,
         depth=blocks.depth,
+        cores=blocks.cores,
+        items_per_core=work.row.shape[0] // blocks.cores,
     )
     rows = (config.rows_per_token, config.width)
     new_kv = interleave(k, v).astype(layout.dtype).reshape(num_tokens, *rows)
     pages = kv_pages.reshape(*kv_pages.shape[:2], *rows)
-    out, pages = _call(config, metadata, _pack_queries(q, config, words), new_kv, pages)
+    out, pages = _call(config, work, metadata, _pack_queries(q, config, words), new_kv, pages)
     out = _unpack_output(out, config, q.shape)
     is_real = token_places(metadata, num_tokens, kv_pages.shape).position >= 0
     return jnp.where(is_real[:, None, None], out, 0), pages.reshape(kv_pages.shape)
@@ -123,9 +126,13 @@ def _unpack_output(out: jax.Array, config: KernelConfig, shape: tuple[int, ...])
 
 
 def _call(
-    config: KernelConfig, metadata: AttentionMetadata, q: jax.Array, new_kv: jax.Array, pages: jax.Array
+    config: KernelConfig,
+    work: WorkList,
+    metadata: AttentionMetadata,
+    q: jax.Array,
+    new_kv: jax.Array,
+    pages: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    work: WorkList = make_work(metadata, q.shape[1], config.q_tokens)
     scalars = (*work, metadata.page_table.reshape(-1), metadata.kv_lens, metadata.cu_q_lens)
     rows = config.q_tokens * config.group
     queries = (config.kv_heads, config.q_tokens, *q.shape[2:])
@@ -141,7 +148,7 @@ def _call(
             num_scalar_prefetch=len(scalars),
             in_specs=[anywhere, anywhere, in_hbm],
             out_specs=[anywhere, in_hbm],
-            grid=(1,),
+            grid=(config.cores,),
             scratch_shapes=(
                 pltpu.VMEM((config.depth, config.kv_pages, *pages.shape[1:]), pages.dtype),
                 pltpu.VMEM((config.depth, *queries), q.dtype),
@@ -160,7 +167,7 @@ def _call(
         out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), pltpu.HBM(pages.shape, pages.dtype)],
         input_output_aliases={len(scalars) + 2: 1},
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary",), vmem_limit_bytes=VMEM_LIMIT_BYTES
+            dimension_semantics=("parallel",), vmem_limit_bytes=VMEM_LIMIT_BYTES
         ),
         name=NAME,
     )(*scalars, q, new_kv, pages)

@@ -26,11 +26,13 @@ class Blocks:
         kv_pages: pages of a KV block.
         q_tokens: tokens of a query block; 1 in a pure decode step.
         depth: slots of the ring, at least 2.
+        cores: that work as one device: 2 on v5p, where they share memory.
     """
 
     kv_pages: int
     q_tokens: int
     depth: int
+    cores: int = 1
 
 
 def choose_blocks(layout: KVLayout, group: int, metadata: AttentionMetadata) -> Blocks:
@@ -48,7 +50,11 @@ def choose_blocks(layout: KVLayout, group: int, metadata: AttentionMetadata) -> 
     kv_pages = max(1, min(wanted, metadata.page_table.shape[1]))
     depth = 1 - (-sizes["bytes_in_flight"] // (kv_pages * page_bytes))
     q_tokens = 1 if is_decode else min(max(sizes["query_rows"] // group, 8), metadata.max_q_len)
-    return Blocks(kv_pages, q_tokens, max(3, min(depth, _MOST_SLOTS)))
+    return Blocks(kv_pages, q_tokens, max(3, min(depth, _MOST_SLOTS)), _cores())
+
+
+def _cores() -> int:
+    return pltpu.get_tpu_info().num_cores if pltpu.is_tpu_device() else 1
 
 
 def _chip() -> str:

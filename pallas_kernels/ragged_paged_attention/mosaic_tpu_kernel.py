@@ -15,7 +15,6 @@ left over from earlier blocks and may be NaN: scores and values of it are replac
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -29,11 +28,12 @@ from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_tpu_types import Item
 
 
 class Cursor(NamedTuple):
-    """Which block is fetched next, and how many were."""
+    """Which block is fetched next, and how many were; this core's items end before ``end``."""
 
     item: jax.Array
     block: jax.Array
     number: jax.Array
+    end: jax.Array
 
 
 def kernel(*refs: Any, config: KernelConfig) -> None:
@@ -43,8 +43,11 @@ def kernel(*refs: Any, config: KernelConfig) -> None:
 
 def run(refs: Refs, config: KernelConfig) -> None:
     """The kernel on named references."""
-    _write_new(refs, config)
-    cursor = Cursor(jnp.int32(0), jnp.int32(0), jnp.int32(0))
+    core = pl.program_id(0)
+    num_items = refs.num_items[core]
+    begins = core * config.items_per_core
+    _write_new(refs, config, core)
+    cursor = Cursor(begins, jnp.int32(0), jnp.int32(0), begins + num_items)
     cursor = lax.fori_loop(0, config.depth - 1, lambda _, cursor: _fetch_next(refs, config, cursor), cursor)
 
     def walk_item(index: jax.Array, carry: tuple[Cursor, jax.Array]) -> tuple[Cursor, jax.Array]:
@@ -61,22 +64,21 @@ def run(refs: Refs, config: KernelConfig) -> None:
             return cursor, number + 1
 
         carry = lax.fori_loop(0, item.num_blocks, walk_block, carry)
-        _finish(refs, config, index, item)
+        _finish(refs, config, index, item, index - begins)
         return carry
 
-    num_items = refs.num_items[0]
-    lax.fori_loop(0, num_items, walk_item, (cursor, jnp.int32(0)))
+    lax.fori_loop(begins, begins + num_items, walk_item, (cursor, jnp.int32(0)))
     for behind in (2, 1):  # the last two items' outputs are still on their way
 
         @pl.when(num_items >= behind)
-        def _(index: Any = num_items - behind) -> None:
+        def _(index: Any = begins + num_items - behind) -> None:
             _out_copy(refs, index, _item(refs, config, index)).wait()
 
 
-def _finish(refs: Refs, config: KernelConfig, index: jax.Array, item: Item) -> None:
+def _finish(refs: Refs, config: KernelConfig, index: jax.Array, item: Item, num_before: jax.Array) -> None:
     """Sends an item's output on its way, from a buffer that the output of the item before last has left."""
 
-    @pl.when(index >= 2)
+    @pl.when(num_before >= 2)
     def _() -> None:
         _out_copy(refs, index - 2, _item(refs, config, index - 2)).wait()
 
@@ -105,15 +107,28 @@ def _page(refs: Refs, config: KernelConfig, row: jax.Array, column: jax.Array) -
 # --- new keys and values ---------------------------------------------------------------------------------
 
 
-def _write_new(refs: Refs, config: KernelConfig) -> None:
-    """Copies every token's keys and values to its place, runs within a page at once, and waits for all."""
-    each = functools.partial(_for_each_run, refs, config)
-    lax.fori_loop(0, refs.num_items[0], lambda index, _: each(index, lambda copy: copy.start()), None)
-    lax.fori_loop(0, refs.num_items[0], lambda index, _: each(index, lambda copy: copy.wait()), None)
+def _write_new(refs: Refs, config: KernelConfig, core: jax.Array) -> None:
+    """Copies tokens' keys and values to their places, runs within a page at once, and waits for all.
+
+    A core needs what it reads: its own single tokens, and all of the chunks, whose blocks the cores share. So
+    two cores may write the same bytes to the same place, and neither waits for the other.
+    """
+    _for_each_item(refs, config, core, lambda copy: copy.start())
+    _for_each_item(refs, config, core, lambda copy: copy.wait())
 
 
-def _for_each_run(refs: Refs, config: KernelConfig, index: jax.Array, use: Any) -> None:
-    item = _item(refs, config, index)
+def _for_each_item(refs: Refs, config: KernelConfig, core: jax.Array, use: Any) -> None:
+    for owner in range(config.cores):
+
+        def write_item(index: jax.Array, _: None, owner: int = owner) -> None:
+            item = _item(refs, config, index)
+            pl.when((core == owner) | (item.count > 1))(lambda: _for_each_run(refs, config, item, use))
+
+        begin = owner * config.items_per_core
+        lax.fori_loop(begin, begin + refs.num_items[owner], write_item, None)
+
+
+def _for_each_run(refs: Refs, config: KernelConfig, item: Item, use: Any) -> None:
     first_column = lax.div(item.position, config.page_size)
     end_column = pl.cdiv(item.end, config.page_size)
 
@@ -140,7 +155,7 @@ def _for_each_run(refs: Refs, config: KernelConfig, index: jax.Array, use: Any) 
 
 def _fetch_next(refs: Refs, config: KernelConfig, cursor: Cursor) -> Cursor:
     """Starts the copies of the cursor's block, if there is one, and of its item's queries with the first."""
-    is_there = cursor.item < refs.num_items[0]
+    is_there = cursor.item < cursor.end
     item = _item(refs, config, jnp.where(is_there, cursor.item, 0))
 
     @pl.when(is_there)
@@ -158,6 +173,7 @@ def _fetch_next(refs: Refs, config: KernelConfig, cursor: Cursor) -> Cursor:
         item=jnp.where(is_last, cursor.item + 1, cursor.item),
         block=jnp.where(is_last, 0, cursor.block + 1),
         number=cursor.number + 1,
+        end=cursor.end,
     )
     return jax.tree.map(lambda new, old: jnp.where(is_there, new, old), following, cursor)
 

@@ -28,6 +28,8 @@ class KernelConfig:
         kv_pages: pages in a KV block.
         q_tokens: tokens in a query block; 1 in a pure decode step.
         depth: slots in the ring.
+        cores: that share the work; each has a work list and scratch of its own.
+        items_per_core: entries of a core's work list.
     """
 
     scale: float
@@ -43,6 +45,8 @@ class KernelConfig:
     kv_pages: int
     q_tokens: int
     depth: int
+    cores: int
+    items_per_core: int
 
     @property
     def kv_tokens(self) -> int:
@@ -76,9 +80,9 @@ class Refs(NamedTuple):
     ``words`` stands for the elements of a 32-bit word: 2 in bfloat16, 1 in float32.
     """
 
-    item_row: Any  # [items]
-    item_first: Any  # [items]
-    num_items: Any  # [1]
+    item_row: Any  # [cores * items_per_core]
+    item_first: Any  # like item_row
+    num_items: Any  # [cores]
     page_table: Any  # [rows * max_pages]
     kv_lens: Any  # [rows]
     cu_q_lens: Any  # [rows + 1]

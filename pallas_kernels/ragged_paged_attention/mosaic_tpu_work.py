@@ -11,12 +11,12 @@ from jaxserve.pallas_kernels.ragged_paged_attention.metadata import AttentionMet
 
 
 class WorkList(NamedTuple):
-    """Items in the order in which the kernel walks them; one item is one query block of one row.
+    """Items in the order in which a core walks them; one item is one query block of one row.
 
     Attributes:
-        row: int32 ``[capacity]``.
-        first: int32 ``[capacity]``, the item's first token, counted within its row.
-        count: int32 ``[1]``, how many items there are; what lies behind them is undefined.
+        row: int32 ``[cores * items_per_core]``.
+        first: like ``row``, the item's first token, counted within its row.
+        count: int32 ``[cores]``, how many items a core has; what lies behind them is undefined.
     """
 
     row: jax.Array
@@ -24,7 +24,7 @@ class WorkList(NamedTuple):
     count: jax.Array
 
 
-def make_work(metadata: AttentionMetadata, num_tokens: int, block_tokens: int) -> WorkList:
+def make_work(metadata: AttentionMetadata, num_tokens: int, block_tokens: int, cores: int = 1) -> WorkList:
     """Cuts every row into query blocks, and spreads the single tokens evenly among the blocks of chunks.
 
     A core walks its items one after the other and fetches pages for the next ones meanwhile. A chunk's block
@@ -36,19 +36,35 @@ def make_work(metadata: AttentionMetadata, num_tokens: int, block_tokens: int) -
         metadata: the step's rows.
         num_tokens: flattened tokens, padding included.
         block_tokens: tokens of a query block.
+        cores: that share the work: each kind of item is dealt out in turn.
     """
     counts = metadata.cu_q_lens[1:] - metadata.cu_q_lens[:-1]
     rows = counts.shape[0]
-    if metadata.max_q_len == 1:
-        capacity = min(rows, num_tokens)
-        (row,) = jnp.nonzero(counts > 0, size=capacity, fill_value=0)
-        total = jnp.sum(counts > 0, dtype=jnp.int32)
-        return WorkList(row.astype(jnp.int32), jnp.zeros(capacity, jnp.int32), total[None])
-    capacity = min(rows + num_tokens // block_tokens, num_tokens)
     single = counts == 1
-    singles = _items(jnp.where(single, 1, 0), 1, capacity)
-    chunks = _items(jnp.where(single, 0, (counts + block_tokens - 1) // block_tokens), block_tokens, capacity)
-    return _spread(singles, chunks, capacity)
+    singles = _items(jnp.where(single, 1, 0), 1, min(rows, num_tokens))
+    if metadata.max_q_len == 1:
+        return _stack([_every(singles, core, cores) for core in range(cores)])
+    capacity = min(rows + num_tokens // block_tokens, num_tokens)
+    blocks = jnp.where(single, 0, (counts + block_tokens - 1) // block_tokens)
+    chunks = _items(blocks, block_tokens, capacity)
+    return _stack(
+        [
+            _spread(_every(singles, core, cores), _every(chunks, core, cores), -(-capacity // cores) + 1)
+            for core in range(cores)
+        ]
+    )
+
+
+def _every(work: WorkList, core: int, cores: int) -> WorkList:
+    """What one core is dealt."""
+    padded = [jnp.pad(array, (0, cores - 1)) for array in (work.row, work.first)]
+    size = -(-work.row.shape[0] // cores)
+    row, first = (array[core::cores][:size] for array in padded)
+    return WorkList(row, first, (work.count - core + cores - 1) // cores)
+
+
+def _stack(lists: list[WorkList]) -> WorkList:
+    return WorkList(*(jnp.concatenate(arrays) for arrays in zip(*lists, strict=True)))
 
 
 def _items(blocks_of_row: jax.Array, block_tokens: int, capacity: int) -> WorkList:
@@ -69,8 +85,8 @@ def _spread(singles: WorkList, chunks: WorkList, capacity: int) -> WorkList:
     chunks_before = (item * num_chunks + total - 1) // jnp.maximum(total, 1)
     chunks_after = ((item + 1) * num_chunks + total - 1) // jnp.maximum(total, 1)
     is_chunk = chunks_after > chunks_before
-    from_chunks = jnp.clip(chunks_before, 0, capacity - 1)
-    from_singles = jnp.clip(item - chunks_before, 0, capacity - 1)
+    from_chunks = jnp.minimum(chunks_before, chunks.row.shape[0] - 1)
+    from_singles = jnp.clip(item - chunks_before, 0, singles.row.shape[0] - 1)
     return WorkList(
         jnp.where(is_chunk, chunks.row[from_chunks], singles.row[from_singles]),
         jnp.where(is_chunk, chunks.first[from_chunks], singles.first[from_singles]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -9,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
 from jax.experimental import pallas as pl
 
 from jaxserve.pallas_kernels.ragged_paged_attention import mosaic_tpu, mosaic_tpu_kernel
@@ -81,6 +81,21 @@ def test_a_packed_cache_is_attended_and_written(dtype: str, blocks_are_small: No
     np.testing.assert_array_equal(pages, written.reshape(pages.shape))
 
 
+@pytest.mark.parametrize("name", ["mixed", "decode_page_borders", "decode_all_empty"])
+def test_two_cores_share_the_work(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both write the chunks' tokens, the same bytes: to the simulator that is a race."""
+
+    def blocks(*args):
+        return dataclasses.replace(small_blocks(*args), cores=2)
+
+    monkeypatch.setattr(mosaic_tpu, "choose_blocks", blocks)
+    with simulated_tpu(may_race=name == "mixed", num_cores_or_threads=2):
+        error, pages = attend(SPECS[name])
+    assert error <= ATTENTION_TOLERANCE["float32"]
+    step, _, _ = make_step(SPECS[name], jnp.dtype("float32"))
+    np.testing.assert_array_equal(pages, attention_oracle.written_pages(step))
+
+
 # --- mistakes that must be caught ---------------------------------------------------------------------------
 
 
@@ -92,9 +107,8 @@ def pages_not_waited_for(original):
 
 
 def new_tokens_not_waited_for(original):
-    def write(refs, config) -> None:
-        each = functools.partial(mosaic_tpu_kernel._for_each_run, refs, config)
-        lax.fori_loop(0, refs.num_items[0], lambda index, _: each(index, lambda copy: copy.start()), None)
+    def write(refs, config, core) -> None:
+        mosaic_tpu_kernel._for_each_item(refs, config, core, lambda copy: copy.start())
 
     return write
 
@@ -123,13 +137,16 @@ def the_next_slots_semaphore(original):
     )
 
 
+def nothing_fetched(original):
+    return lambda refs, config, cursor: cursor
+
+
 MISTAKES = (
     ("_wait_for_block", pages_not_waited_for, "on_wait"),
     ("_wait_for_block", pages_not_waited_for, "eager"),
     ("_write_new", new_tokens_not_waited_for, "on_wait"),
     ("_write_new", new_tokens_not_waited_for, "eager"),
     ("_for_each_page", one_semaphore_for_all_slots, "on_wait"),
-    ("_wait_for_block", the_next_slots_semaphore, "on_wait"),
 )
 
 
@@ -144,10 +161,13 @@ def test_a_planted_mistake_is_caught(
         assert races_found() or not error <= ATTENTION_TOLERANCE["float32"]
 
 
+@pytest.mark.parametrize(
+    ("name", "plant"), [("_wait_for_block", the_next_slots_semaphore), ("_fetch_next", nothing_fetched)]
+)
 def test_a_wait_for_what_was_never_started_fails_instead_of_hanging(
-    blocks_are_small: None, monkeypatch: pytest.MonkeyPatch
+    name: str, plant: Any, blocks_are_small: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mosaic_tpu_kernel, "_fetch_next", lambda refs, config, cursor: cursor)
+    monkeypatch.setattr(mosaic_tpu_kernel, name, plant(getattr(mosaic_tpu_kernel, name)))
     with (
         pytest.raises(jax.errors.JaxRuntimeError, match="waits for a copy that it has not started"),
         simulated_tpu(may_race=True),
@@ -190,6 +210,28 @@ def test_work_of_one_kind_keeps_its_order(counts: list[int]) -> None:
     items = list(zip(work.row[: work.count[0]].tolist(), work.first[: work.count[0]].tolist(), strict=True))
     want = [(row, first) for row, count in enumerate(counts) for first in range(0, count, 8)]
     assert items == want
+
+
+@pytest.mark.parametrize("max_q_len", [1, 32])
+def test_work_is_dealt_out_to_cores_evenly_by_kind(max_q_len: int) -> None:
+    counts = [1, 0, 1, 1, 1, 1] if max_q_len == 1 else [1, 20, 0, 1, 1, 9, 1, 1]
+    metadata = AttentionMetadata(
+        jnp.zeros((len(counts), 4), jnp.int32),
+        jnp.asarray(counts, jnp.int32),
+        jnp.asarray(np.concatenate([[0], np.cumsum(counts)]), jnp.int32),
+        max_q_len,
+    )
+    work = jax.tree.map(np.asarray, make_work(metadata, 40, 8, cores=2))
+    per_core = []
+    for core, count in enumerate(work.count.tolist()):
+        begin = core * work.row.size // 2
+        rows, firsts = work.row[begin : begin + count], work.first[begin : begin + count]
+        per_core.append(list(zip(rows.tolist(), firsts.tolist(), strict=True)))
+    want = [(row, first) for row, count in enumerate(counts) for first in range(0, count, 8)]
+    assert sorted(per_core[0] + per_core[1]) == want
+    for is_single in (True, False):
+        dealt = [sum((counts[row] == 1) == is_single for row, _ in items) for items in per_core]
+        assert abs(dealt[0] - dealt[1]) <= 1
 
 
 # --- what it refuses ----------------------------------------------------------------------------------------

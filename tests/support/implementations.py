@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Generator
 
+import jax
 import pytest
 
 from jaxserve.pallas_kernels.ragged_paged_attention import mosaic_tpu
@@ -15,7 +16,7 @@ from tests.support.tpu_interpreter import simulated_tpu
 IMPLEMENTATIONS = tuple(RAGGED_PAGED_ATTENTION.implementations)
 
 # Kernels for another machine than this one are simulated; the simulator copies its arguments.
-SIMULATED = ("mosaic_tpu",)
+SIMULATED = () if jax.default_backend() == "tpu" else ("mosaic_tpu",)
 
 # Dtypes that an implementation refuses.
 REFUSED_DTYPES = {"mosaic_tpu": ("float16",)}
@@ -32,7 +33,8 @@ def able_to_run(implementation: str) -> Generator[None]:
     if implementation != "mosaic_tpu":
         yield
         return
-    with pytest.MonkeyPatch.context() as patch, simulated_tpu():
+    simulated = simulated_tpu() if implementation in SIMULATED else contextlib.nullcontext()
+    with pytest.MonkeyPatch.context() as patch, simulated:
         patch.setattr(mosaic_tpu, "choose_blocks", small_blocks)
         yield
 
