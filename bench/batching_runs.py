@@ -90,7 +90,7 @@ class Runners:
 
     def prepare(self, max_model_len: int) -> None:
         """Compiles for every batch size, and runs each once: nothing later is done for the first time."""
-        page_size = self._config.cache.page_size
+        page_size = self._config.cache.page_size or self.model.platform.default_page_size
         most = self.model.module.config.max_position_embeddings
         padded_len = min(-(-max_model_len // page_size) * page_size, most)
         self._config = dataclasses.replace(

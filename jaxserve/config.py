@@ -17,7 +17,7 @@ from jaxserve.errors import ConfigError
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Batching = Literal["continuous", "static", "dynamic"]
 Ordering = Literal["fcfs", "priority"]
-Attention = Literal["auto", "reference", "xla"]
+Attention = Literal["auto", "reference", "xla", "mosaic_tpu"]
 Device = Literal["auto", "cpu", "gpu", "tpu"]
 
 
@@ -30,6 +30,16 @@ def _default_cache_dir() -> Path:
         os.environ.get("XDG_CACHE_HOME") or "~/.cache", "jaxserve"
     )
     return Path(root).expanduser()
+
+
+def compile_without_devices() -> None:
+    """Tells JAX and libtpu, before they are loaded, that this process only compiles: it looks for no TPU."""
+    for name, value in {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }.items():
+        os.environ.setdefault(name, value)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +61,7 @@ class ModelConfig:
 class CacheConfig:
     """The paged KV cache."""
 
-    page_size: int = _option(16, "tokens in a KV page; a power of two")
+    page_size: int | None = _option(None, "tokens in a KV page, a power of two; default: 16, on TPUs 128")
     num_pages: int | None = _option(None, "KV pages; default: as many as fit in memory_fraction")
     memory_fraction: float = _option(
         0.9,
@@ -98,6 +108,9 @@ class RunnerConfig:
         None, "token counts compiled for steps with prefill; the last is max_num_batched_tokens"
     )
     row_buckets: tuple[int, ...] | None = _option(None, "row counts compiled for pure decode steps")
+    bundle: Path | None = _option(
+        None, "folder made by `jaxserve compile`: its programs and sizes are used, nothing is compiled"
+    )
     compile_cache: bool = _option(True, "keep compiled programs in the cache folder for the next start")
 
 
@@ -184,7 +197,7 @@ def check(config: EngineConfig) -> None:
     )
     size = cache.page_size
     _require(
-        _is_int(size) and 1 <= size <= 1024 and size & (size - 1) == 0,
+        size is None or (_is_int(size) and 1 <= size <= 1024 and size & (size - 1) == 0),
         "page_size",
         size,
         "must be a power of two up to 1024",

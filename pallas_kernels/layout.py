@@ -22,17 +22,23 @@ class KVLayout:
     holds whole heads. Page 0 is the null page: no request owns it, page tables are padded with it, and
     padding tokens may be written to it.
 
+    Packed, it is ``[num_pages, page_size, num_kv_heads, 2 * head_dim]``: a head's key and value side by side.
+    In row-major memory these are the same bytes; a TPU, which fills up rows to 128 elements, needs half the
+    memory for heads of 64.
+
     Attributes:
         page_size: tokens in a page.
         num_kv_heads: key/value heads in this array (per shard, under `jax.shard_map`).
         head_dim: elements of one key.
         dtype: of the stored elements.
+        is_packed: whether a head's key and value are one row.
     """
 
     page_size: int
     num_kv_heads: int
     head_dim: int
     dtype: jnp.dtype
+    is_packed: bool = False
 
     def __post_init__(self) -> None:
         for name in ("page_size", "num_kv_heads", "head_dim"):
@@ -43,6 +49,8 @@ class KVLayout:
 
     def shape(self, num_pages: int) -> tuple[int, int, int, int]:
         """The shape of one layer's cache with this many pages, the null page included."""
+        if self.is_packed:
+            return (num_pages, self.page_size, self.num_kv_heads, 2 * self.head_dim)
         return (num_pages, self.page_size, 2 * self.num_kv_heads, self.head_dim)
 
     def bytes_per_page(self) -> int:
@@ -51,7 +59,7 @@ class KVLayout:
 
     @classmethod
     def of(cls, kv_pages: jax.Array) -> KVLayout:
-        """The layout of an existing cache array.
+        """The layout of an existing cache array that is not packed.
 
         Raises:
             ValueError: if the array cannot be a KV cache.
@@ -63,6 +71,14 @@ class KVLayout:
             )
         _, page_size, doubled_heads, head_dim = kv_pages.shape
         return cls(page_size, doubled_heads // 2, head_dim, kv_pages.dtype)
+
+
+def unpacked(kv_pages: jax.Array, head_dim: int) -> jax.Array:
+    """A cache array in the order that is not packed; the array itself if it is in it already."""
+    num_pages, page_size, rows, width = kv_pages.shape
+    if width != 2 * head_dim:
+        return kv_pages
+    return kv_pages.reshape(num_pages, page_size, 2 * rows, head_dim)
 
 
 def interleave(k: jax.Array, v: jax.Array) -> jax.Array:

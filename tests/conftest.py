@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -14,8 +15,13 @@ for name, value in {
     "JAX_NUM_CPU_DEVICES": "8",
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    # libtpu is here for its compiler: no TPU is looked for, and several processes may load it.
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }.items():
     os.environ.setdefault(name, value)
+if not any(Path("/dev", name).exists() for name in ("accel0", "vfio/0", "nvidiactl")):
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 hypothesis.settings.register_profile("default", deadline=None, derandomize="CI" in os.environ)
 hypothesis.settings.load_profile("default")

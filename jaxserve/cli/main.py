@@ -18,6 +18,7 @@ COMMANDS = {
     "health": ("jaxserve.cli.health", "ask a server whether it is ready"),
     "pull": ("jaxserve.cli.pull", "fetch a model into the cache folder"),
     "convert": ("jaxserve.cli.convert", "convert a checkpoint (GGUF, safetensors, Orbax)"),
+    "compile": ("jaxserve.cli.compile", "plan and compile for devices that are not here"),
     "bench": ("jaxserve.cli.bench", "compare batching modes (in a checkout of the repository)"),
     "doctor": ("jaxserve.cli.doctor", "show versions, devices and folders"),
 }

@@ -32,6 +32,7 @@ from jaxserve.models.params import Params
 from jaxserve.models.registry import find_family
 from jaxserve.models.sharding import Placement, check_divisible, make_mesh
 from jaxserve.platforms import Platform, select_platform
+from jaxserve.runner.bundle import check_devices, programs_folder, with_bundle
 from jaxserve.runner.model_runner import ModelRunner, admission_sizes
 from jaxserve.runner.programs import count_programs
 from jaxserve.runner.resolve import ResolvedConfig, resolve, resolve_dtype
@@ -105,6 +106,7 @@ def build_engine(config: EngineConfig, *, progress: bool = True) -> Engine:
     Raises:
         ConfigError, ModelNotFoundError, CheckpointError: before anything was started.
     """
+    config = with_bundle(config)
     model = load_model(config, progress=progress)
     resolved, runner = make_runner(config, model, progress=progress)
     core = make_core(config, resolved, runner, runner.prepare)
@@ -114,14 +116,17 @@ def build_engine(config: EngineConfig, *, progress: bool = True) -> Engine:
 def load_model(config: EngineConfig, *, progress: bool = True) -> LoadedModel:
     """Finds a model and puts its weights on the device. Raises as `build_engine`."""
     platform = select_platform(config.runner.device)
-    if config.runner.compile_cache:
-        _use_compile_cache(config)
+    if config.runner.bundle is not None:
+        use_compile_cache(programs_folder(config.runner.bundle))
+    elif config.runner.compile_cache:
+        use_compile_cache(config.cache_dir / "xla")
     source = resolve_model(config.model.model, config.cache_dir, config.model.revision)
     checkpoint = open_checkpoint(source)
     family = find_family(checkpoint.hf_config)
     model_config = family.config_from_hf(checkpoint.hf_config)
     tokenizer = load_tokenizer(source, config.model.tokenizer)
     mesh = make_mesh(config.parallel.tensor_parallel_size, jax.devices(platform.name))
+    check_devices(config.runner.bundle, model_config, list(mesh.devices.flat))
     placement = Placement(mesh)
     check_divisible(model_config, mesh, placement.rules)
     module = Decoder(model_config, resolve_dtype(config, platform))
@@ -210,8 +215,8 @@ def make_engine(
     )
 
 
-def _use_compile_cache(config: EngineConfig) -> None:
-    folder = config.cache_dir / "xla"
+def use_compile_cache(folder: Path) -> None:
+    """Keeps every program that is compiled from now on in a folder, and takes it from there."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # it holds native code: nobody else may write there
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from jaxserve.errors import CheckpointError, ModelNotFoundError
 from jaxserve.loading import catalogue
 from jaxserve.loading.checkpoint import Checkpoint
+from jaxserve.loading.json_files import read_json
 
 ORBAX_MARKER = "jaxserve_checkpoint.json"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
@@ -76,6 +77,14 @@ def open_checkpoint(source: ModelSource) -> Checkpoint:
     from jaxserve.loading.orbax_checkpoint import OrbaxCheckpoint
 
     return OrbaxCheckpoint(source.path)
+
+
+def read_architecture(name: str, cache_dir: Path, revision: str | None = None) -> dict[str, Any]:
+    """A model's config.json; a folder that holds nothing else will do. Raises as `resolve_model`."""
+    path = Path(name).expanduser()
+    if (path / "config.json").is_file():
+        return read_json(path / "config.json")
+    return open_checkpoint(resolve_model(name, cache_dir, revision)).hf_config
 
 
 def _local(name: str, path: Path) -> ModelSource:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 
@@ -34,6 +34,11 @@ class Platform(Protocol):
         ...
 
     @property
+    def default_page_size(self) -> int:
+        """Tokens of a KV page when the user leaves them open."""
+        ...
+
+    @property
     def slow_first_run(self) -> bool:
         """Whether a program's first run costs more than the next, so that warm-up should run each once."""
         ...
@@ -46,6 +51,10 @@ class Platform(Protocol):
     @property
     def pairs_single_rows(self) -> bool:
         """Whether programs of one row read bfloat16 weights as pairs (`jaxserve.models.pairs`)."""
+        ...
+
+    def packs_kv(self, num_kv_heads: int, head_dim: int, dtype: Any) -> bool:
+        """Whether a cache with these heads on a device is best stored packed (`KVLayout`)."""
         ...
 
     def cache_bytes(self, memory_fraction: float, device: jax.Device, reserve_bytes: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import final
+from typing import Any, final
 
 import jax
 import psutil
@@ -19,9 +19,13 @@ class Cpu:
     default_dtype = "float32"
     default_max_num_seqs = 16
     default_token_budget = 256
+    default_page_size = 16
     slow_first_run = False
     smallest_rows = 1
     pairs_single_rows = True
+
+    def packs_kv(self, num_kv_heads: int, head_dim: int, dtype: Any) -> bool:
+        return False
 
     def cache_bytes(self, memory_fraction: float, device: jax.Device, reserve_bytes: int) -> int:
         free = int(psutil.virtual_memory().available * memory_fraction / 3) - reserve_bytes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import final
+from typing import Any, final
 
 import jax
 
@@ -17,9 +17,13 @@ class Gpu:
     default_dtype = "bfloat16"
     default_max_num_seqs = 256
     default_token_budget = 2048
+    default_page_size = 16
     slow_first_run = True
     smallest_rows = 1
     pairs_single_rows = False
+
+    def packs_kv(self, num_kv_heads: int, head_dim: int, dtype: Any) -> bool:
+        return False
 
     def cache_bytes(self, memory_fraction: float, device: jax.Device, reserve_bytes: int) -> int:
         return device_memory_left(memory_fraction, device, reserve_bytes)

@@ -61,7 +61,13 @@ def resolve(config: EngineConfig, platform: Platform, model: DecoderConfig, mesh
     dtype = resolve_dtype(config, platform)
     num_slots = config.scheduler.max_num_seqs or platform.default_max_num_seqs
     ladder = _ladder(config, platform, num_slots)
-    layout = KVLayout(config.cache.page_size, model.num_kv_heads, model.head_dim, jnp.dtype(dtype))
+    layout = KVLayout(
+        config.cache.page_size or platform.default_page_size,
+        model.num_kv_heads,
+        model.head_dim,
+        jnp.dtype(dtype),
+        is_packed=platform.packs_kv(model.num_kv_heads // mesh.size, model.head_dim, dtype),
+    )
     wanted_len = config.model.max_model_len or model.max_position_embeddings
     if wanted_len > model.max_position_embeddings:
         raise ConfigError(

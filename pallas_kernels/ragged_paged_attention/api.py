@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxserve.pallas_kernels.dispatch import AUTO, Operation
-from jaxserve.pallas_kernels.layout import KVLayout
+from jaxserve.pallas_kernels.layout import KVLayout, unpacked
 from jaxserve.pallas_kernels.ragged_paged_attention.metadata import AttentionMetadata as AttentionMetadata
 
-Implementation = Literal["auto", "reference", "xla", "mosaic_gpu"]
+Implementation = Literal["auto", "reference", "xla", "mosaic_gpu", "mosaic_tpu"]
 
 _FOLDER = "jaxserve.pallas_kernels.ragged_paged_attention"
 
@@ -22,8 +22,9 @@ RAGGED_PAGED_ATTENTION = Operation(
         "reference": f"{_FOLDER}.reference:ragged_paged_attention",
         "xla": f"{_FOLDER}.xla:ragged_paged_attention",
         "mosaic_gpu": f"{_FOLDER}.mosaic_gpu.attention:ragged_paged_attention",
+        "mosaic_tpu": f"{_FOLDER}.mosaic_tpu:ragged_paged_attention",
     },
-    order={"cpu": ("xla",), "gpu": ("mosaic_gpu", "xla"), "tpu": ("xla",)},
+    order={"cpu": ("xla",), "gpu": ("mosaic_gpu", "xla"), "tpu": ("mosaic_tpu", "xla")},
 )
 
 
@@ -49,8 +50,9 @@ def ragged_paged_attention(
         q: ``[tokens, q_heads, head_dim]``, rotary embedding applied.
         k: ``[tokens, kv_heads, head_dim]``, rotary embedding applied.
         v: ``[tokens, kv_heads, head_dim]``.
-        kv_pages: ``[num_pages, page_size, 2 * kv_heads, head_dim]`` (`KVLayout`). Written in place if the
-            caller's jit donates it. Pages that no row owns, and page 0, may hold anything, NaN included.
+        kv_pages: ``[num_pages, page_size, 2 * kv_heads, head_dim]``, or packed (`KVLayout`); it is returned
+            as it came. Written in place if the caller's jit donates it. Pages that no row owns, and page 0,
+            may hold anything, NaN included.
         metadata: which token belongs to which row, and where each row's pages are. Page ids and lengths are
             trusted: the caller checked them on the host.
         scale: multiplies the scores.
@@ -69,10 +71,12 @@ def ragged_paged_attention(
         NotImplementedError: if the named implementation does not take this input.
         NoImplementationError: if none of the platform's does.
     """
+    stored = kv_pages.shape
+    kv_pages = unpacked(kv_pages, q.shape[-1]) if len(stored) == 4 else kv_pages
     _check_arrays(q, k, v, kv_pages)
     _check_metadata(metadata, num_tokens=q.shape[0])
     _check_options(scale, sliding_window, soft_cap)
-    return RAGGED_PAGED_ATTENTION(
+    out, kv_pages = RAGGED_PAGED_ATTENTION(
         q,
         k,
         v,
@@ -84,6 +88,7 @@ def ragged_paged_attention(
         implementation=implementation,
         platform=jax.default_backend() if platform is None else platform,
     )
+    return out, kv_pages.reshape(stored)
 
 
 def _check_arrays(q: jax.Array, k: jax.Array, v: jax.Array, kv_pages: jax.Array) -> None:

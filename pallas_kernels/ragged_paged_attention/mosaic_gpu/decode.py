@@ -146,8 +146,8 @@ def decode(
                     scores = jnp.where(seen, scores, tile.MASKED)
                     weights, decay, best, total = tile.online_softmax(scores, unit, best, total)
                     plgpu.barrier_wait(v_full.at[slot])
-                    left = length - start
-                    pl.when(left < TILE)(lambda: tile.clear_after(v_smem.at[slot], left))
+                    window_begin = 0 if options.sliding_window is None else length - options.sliding_window
+                    tile.clear_outside(v_smem.at[slot], window_begin - start, length - start)
                     added = tile.multiply_registers(weights.astype(q.dtype), v_smem.at[slot], options)
                     plgpu.barrier_arrive(v_free.at[slot])
                     return acc * tile.spread(decay, acc) + added, best, total

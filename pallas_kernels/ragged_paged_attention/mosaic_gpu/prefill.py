@@ -106,9 +106,12 @@ def prefill(
                 plgpu.barrier_wait(turn)
 
             def run(row, first, head, begin, end, done):
+                length, count = length_ref[row], count_ref[row]
+                window_begin = jnp.int32(0)
+                if options.sliding_window is not None:
+                    window_begin = length - count + first - options.sliding_window + 1
                 first = first + thread * QUERY_TILE
                 token = start_ref[row] + first
-                length, count = length_ref[row], count_ref[row]
                 position = length - count + first  # of this warpgroup's first query
                 plgpu.copy_gmem_to_smem(
                     q_ref.at[pl.ds(token, QUERY_TILE), head],
@@ -123,6 +126,7 @@ def prefill(
                 def attend(index, carry, *, masked):
                     acc, best, total = carry
                     slot = lax.rem(done + index - begin, stages)
+                    start = index * block
 
                     def scores_of(acc_ref):
                         plgpu.barrier_wait(k_full.at[slot])
@@ -134,7 +138,7 @@ def prefill(
                     plgpu.barrier_arrive(k_free.at[slot])
                     scores, unit = tile.capped(scores, options)
                     if masked:
-                        ahead = index * block - position  # of the block's first key to the first query
+                        ahead = start - position  # of the block's first key to the first query
                         distance = tile.index_along(scores.shape, 0) - tile.index_along(scores.shape, 1)
                         seen = distance >= ahead
                         if options.sliding_window is not None:
@@ -148,8 +152,8 @@ def prefill(
                     plgpu.barrier_wait(v_full.at[slot])
                     plgpu.barrier_wait(turn)
                     if masked:
-                        left = length - index * block
-                        pl.when(left < block)(lambda: tile.clear_after(v_smem.at[slot], left))
+                        # Of all the CTA's queries, since its warpgroups share the tile.
+                        tile.clear_outside(v_smem.at[slot], window_begin - start, length - start)
                     acc = tile.add_product(acc, weights, v_smem.at[slot], options)
                     plgpu.barrier_arrive(v_free.at[slot])
                     return acc, best, total

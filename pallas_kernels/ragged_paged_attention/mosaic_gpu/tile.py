@@ -116,8 +116,16 @@ def add_product(acc: jax.Array, a: jax.Array, b_ref: Any, options: Options) -> j
     return pl.run_state(lambda acc_ref: plgpu.wgmma(acc_ref, a, b_ref))(plgpu.ACC.init(acc))
 
 
-def clear_after(values_ref: Any, count: jax.Array) -> None:
-    """Zeroes a tile's rows from ``count`` on: behind a row's end may be NaN, and 0 * NaN is NaN."""
+def clear_outside(values_ref: Any, begin: jax.Array | int, end: jax.Array) -> None:
+    """Zeroes a tile's rows outside of ``begin : end``, if there are any.
+
+    Behind a row's end and before its window may be anything, NaN included, and 0 * NaN is NaN.
+    """
+    pl.when((begin > 0) | (end < values_ref.shape[0]))(lambda: _clear(values_ref, begin, end))
+
+
+def _clear(values_ref: Any, begin: jax.Array | int, end: jax.Array) -> None:
     values = plgpu.load(values_ref, layout=plgpu.Layout.WGMMA)
-    values_ref[...] = jnp.where(index_along(values.shape, 0) < count, values, jnp.zeros_like(values))
+    index = index_along(values.shape, 0)
+    values_ref[...] = jnp.where((index >= begin) & (index < end), values, jnp.zeros_like(values))
     plgpu.commit_smem()

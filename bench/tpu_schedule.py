@@ -1,0 +1,167 @@
+"""How the TPU compiler schedules the attention kernel's decode loop: do copies run under the arithmetic?
+
+    python bench/tpu_schedule.py --output bench/results/tpu_schedule.jsonl
+
+Compiles one layer's attention for Llama 3.1 8B in a process of its own, which has the compiler write down
+its final instruction bundles (one is issued a cycle), and reads them. Nothing is run: bundles are a lower
+bound of cycles, transfers are taken at peak bandwidth. `clock_to_hide_ghz` is the clock from which on the
+arithmetic of a KV block, and the starting of the next block's copies, take less time than the block's
+transfer: above it, decode attention is bound by memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+from bench.results import ROOT, Results, add_output_flag
+from jaxserve.config import compile_without_devices
+
+TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
+_BUNDLE = re.compile(r"^\s*(?P<address>0x[0-9a-f]+|0)\s+(?:[A-Z]{2})?\s*:\s*(?P<depth>>*) ?\{(?P<text>.*)$")
+_ROWS, _PAGE, _KV_HEADS, _HEAD_DIM = 64, 128, 8, 128
+
+
+class Bundle(NamedTuple):
+    """One issue slot of the program: its address, in how many loops it is, and what it does."""
+
+    address: int
+    depth: int
+    text: str
+
+
+class Schedule(NamedTuple):
+    """The loop over KV blocks, in bundles.
+
+    Attributes:
+        compute: the straight piece that multiplies, for a block that is seen wholly.
+        per_page: to start one page's copy, and to wait for one.
+        starts_first: whether copies are started before the loop waits, and it waits before it multiplies.
+    """
+
+    compute: int
+    per_page: int
+    starts_first: bool
+
+
+def read_bundles(text: str) -> list[Bundle]:
+    """The bundles of a dump of final bundles."""
+    found = (_BUNDLE.match(line) for line in text.splitlines())
+    return [Bundle(int(m["address"], 16), len(m["depth"]), m["text"]) for m in found if m]
+
+
+def read_schedule(bundles: list[Bundle]) -> Schedule:
+    """Finds the loop over KV blocks: the one that multiplies. Raises ValueError if there is none."""
+    compute = _pieces(bundles, "vmatmul")
+    if not compute:
+        raise ValueError("no piece of the program multiplies")
+    depth = compute[0][0].depth
+    starts = [piece for piece in _pieces(bundles, "dma.hbm_to_vmem") if piece[0].depth > depth]
+    waits = [piece for piece in _pieces(bundles, "dma.done.wait") if piece[0].depth > depth]
+    first = min(piece[0].address for piece in compute)
+    return Schedule(
+        compute=min(map(len, compute)),
+        per_page=len(starts[0]) + len(waits[0]),
+        starts_first=starts[0][0].address < waits[0][0].address < first,
+    )
+
+
+def _pieces(bundles: list[Bundle], operation: str) -> list[list[Bundle]]:
+    """Runs of bundles of one depth, without a branch, that hold an operation."""
+    runs: list[list[Bundle]] = [[]]
+    for bundle in bundles:
+        if runs[-1] and runs[-1][-1].depth != bundle.depth:
+            runs.append([])
+        runs[-1].append(bundle)
+        if "sbr.rel" in bundle.text:
+            runs.append([])
+    return [run for run in runs if any(operation in bundle.text for bundle in run)]
+
+
+def compile_attention(topology: str) -> None:
+    """Compiles the kernel alone; called in a process of its own."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    from jaxserve.pallas_kernels.ragged_paged_attention.api import AttentionMetadata, ragged_paged_attention
+    from jaxserve.platforms.tpu import topology_devices
+
+    mesh = Mesh(np.array(topology_devices(topology)[:1]), ("x",))
+
+    def attend(q, k, v, pages, *metadata):  # type: ignore[no-untyped-def]
+        return ragged_paged_attention(
+            q, k, v, pages, AttentionMetadata(*metadata, 1), scale=0.1, implementation="mosaic_tpu"
+        )
+
+    def array(*shape: int, dtype: object = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+
+    mapped = jax.shard_map(
+        attend, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False
+    )
+    jax.jit(mapped, donate_argnums=3).lower(
+        array(_ROWS, 4 * _KV_HEADS, _HEAD_DIM),
+        *[array(_ROWS, _KV_HEADS, _HEAD_DIM)] * 2,
+        array(1000, _PAGE, 2 * _KV_HEADS, _HEAD_DIM),
+        *(array(*shape, dtype=jnp.int32) for shape in ((_ROWS, 64), (_ROWS,), (_ROWS + 1,))),
+    ).compile()
+
+
+def dumped_schedule(topology: str) -> Schedule:
+    """Compiles in a process of its own, because libtpu reads its flags once, and reads what it wrote."""
+    with tempfile.TemporaryDirectory() as folder:
+        flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+        subprocess.run(
+            [sys.executable, __file__, "--compile", topology],
+            env=os.environ
+            | {"LIBTPU_INIT_ARGS": flags, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+            check=True,
+            capture_output=True,
+        )
+        (path,) = (
+            path
+            for path in Path(folder).glob("*ragged_paged_attention_tpu*-final_bundles.txt")
+            if not re.search(r"analysis", path.name)
+        )
+        return read_schedule(read_bundles(path.read_text()))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints the schedule of every generation."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--compile", metavar="TOPOLOGY", help=argparse.SUPPRESS)
+    add_output_flag(parser)
+    args = parser.parse_args(argv)
+    compile_without_devices()
+    if args.compile:
+        compile_attention(args.compile)
+        return 0
+    from jaxserve.platforms.tpu import CHIPS
+
+    block_bytes = 2**20  # `tuned/tpu.json`, decode
+    pages = block_bytes // (_PAGE * 2 * _KV_HEADS * _HEAD_DIM * 2)
+    for topology in TOPOLOGIES:
+        schedule = dumped_schedule(topology)
+        chip = CHIPS[topology.partition(":")[0]]
+        bundles = schedule.compute + pages * schedule.per_page
+        transfer_ns = 1e9 * block_bytes / chip.hbm_bandwidth
+        results = Results("tpu_schedule", f"compiled, not run: {chip.name}", args.output)
+        more = {"kv_block_bytes": block_bytes, "starts_copies_first": schedule.starts_first}
+        results.add("decode_8b", "bundles_per_kv_block", bundles, "bundles", **more)
+        results.add("decode_8b", "kv_block_transfer_us", transfer_ns / 1e3, "us", **more)
+        results.add("decode_8b", "clock_to_hide_ghz", bundles / transfer_ns, "GHz", **more)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""`jaxserve compile`: plans an engine for devices that are not here, and compiles its programs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxserve.cli.arguments import add_engine_flags, command_parser, engine_options
+from jaxserve.config import EngineConfig
+
+if TYPE_CHECKING:
+    from jaxserve.core.plan import Bucket
+    from jaxserve.runner.ahead_of_time import PlannedModel, StepReport
+    from jaxserve.runner.resolve import ResolvedConfig
+
+_GIB = 2**30
+_WITHOUT = ("device", "bundle", "compile_cache", "tokenizer")
+
+
+def main(argv: list[str]) -> int:
+    """Prints the plan, compiles each step and prints what it needs; 1 if one does not fit in memory."""
+    parser = command_parser(
+        "compile",
+        "Plan and compile an engine for devices that are not here. Needs libtpu, and no TPU.",
+    )
+    parser.add_argument("--platform", choices=("tpu", "cpu"), default="tpu", help="default: %(default)s")
+    parser.add_argument(
+        "--topology",
+        default="v6e:2x2",
+        help="generation and shape, whole hosts: v5e:2x4, v5p:2x2x1, tpu7x:2x2x1",
+    )
+    parser.add_argument("--output", type=Path, metavar="DIR", help="a new folder for the compiled programs")
+    add_engine_flags(parser, without=_WITHOUT)
+    arguments = parser.parse_args(argv)
+    config = EngineConfig.from_flat(engine_options(arguments, without=_WITHOUT))
+    return _compile(config, arguments.platform, arguments.topology, arguments.output)
+
+
+def _compile(config: EngineConfig, platform: str, topology: str, output: Path | None) -> int:
+    from jaxserve.config import compile_without_devices
+    from jaxserve.errors import ConfigError
+
+    compile_without_devices()
+    if output is not None:
+        if output.exists():
+            raise ConfigError(f"output={output}: exists already; give a new folder")
+        output.mkdir(parents=True, mode=0o700)
+    from jaxserve.engine.build import use_compile_cache
+    from jaxserve.loading.source import read_architecture
+    from jaxserve.models.registry import find_family
+    from jaxserve.runner.ahead_of_time import compile_steps, plan_engine
+    from jaxserve.runner.bundle import make_manifest, programs_folder, write_manifest
+    from jaxserve.runner.model_runner import admission_sizes
+
+    devices, make_platform = _target(platform, topology)
+    hf = read_architecture(config.model.model, config.cache_dir, config.model.revision)
+    model = find_family(hf).config_from_hf(hf)
+    planned, resolved = plan_engine(config, model, devices, make_platform)
+    device = planned.placement.mesh.devices.flat[0]
+    limit = _memory(platform, device)
+    _print_plan(planned, resolved, device.device_kind, limit)
+    if output is not None:
+        use_compile_cache(programs_folder(output))
+    compile_steps(config, planned, resolved, (), admission_sizes(resolved.num_slots))
+    fits = [_print_step(report, limit) for report in _compile_steps(config, planned, resolved)]
+    if output is not None:
+        write_manifest(make_manifest(config, resolved, model, device.device_kind, topology), output)
+        print(f"bundle       {output}: jaxserve serve --bundle {output} ...")
+    return 0 if all(fits) else 1
+
+
+def _target(platform: str, topology: str) -> tuple[list[Any], Any]:
+    """Devices, and the platform for weights of a size."""
+    if platform == "cpu":
+        import jax
+
+        from jaxserve.platforms.cpu import Cpu
+
+        return jax.devices("cpu"), lambda _: Cpu()
+    from jaxserve.platforms.tpu import Tpu, topology_devices
+
+    return topology_devices(topology), Tpu
+
+
+def _memory(platform: str, device: Any) -> int | None:
+    if platform == "cpu":
+        return None
+    from jaxserve.platforms.tpu import chip_of
+
+    return chip_of(device).hbm_bytes
+
+
+def _compile_steps(
+    config: EngineConfig, planned: PlannedModel, resolved: ResolvedConfig
+) -> Iterable[StepReport]:
+    """One after the other, so that each is reported as soon as it is there."""
+    from jaxserve.runner.ahead_of_time import cache_shapes, compile_steps, report_step, timed
+
+    cache = cache_shapes(planned, resolved)[0]
+
+    def compile_one(bucket: Bucket) -> StepReport:
+        programs, seconds = timed(lambda: compile_steps(config, planned, resolved, [bucket]))
+        return report_step(bucket, programs.step(bucket), cache, seconds)
+
+    return map(compile_one, resolved.ladder.all())
+
+
+def _print_plan(planned: PlannedModel, resolved: ResolvedConfig, kind: str, limit: int | None) -> None:
+    devices = planned.placement.mesh.size
+    page_bytes = resolved.layout.bytes_per_page() * planned.module.config.num_layers // devices
+    room = "" if limit is None else f" of {limit / _GIB:.2f} GiB"
+    print(f"devices      {devices} x {kind}; each:")
+    print(f"weights      {planned.bytes_per_device / _GIB:.2f} GiB{room}, {resolved.dtype}")
+    print(
+        f"KV pages     {resolved.num_pages * page_bytes / _GIB:.2f} GiB: {resolved.num_pages} of "
+        f"{resolved.layout.page_size} tokens, {resolved.num_cache_tokens} tokens in all"
+    )
+    print(f"context      {resolved.max_model_len} tokens at most, {resolved.num_slots} requests at once")
+    print(f"decode rows  {', '.join(map(str, resolved.ladder.decode_rows))}")
+    print(f"mixed tokens {', '.join(map(str, resolved.ladder.mixed_tokens))}", flush=True)
+
+
+def _print_step(report: StepReport, limit: int | None) -> bool:
+    """Prints a step; whether it fits in memory."""
+    needed = report.argument_bytes + report.temporary_bytes
+    kind = "decode" if report.bucket.is_decode else "mixed"
+    talk = ", ".join(
+        f"{count} {collective.kind} of {collective.num_bytes / 1024:.1f} KiB"
+        for collective, count in sorted(report.collectives.items(), key=lambda item: -item[0].num_bytes)
+    )
+    print(
+        f"{kind:6} {report.bucket.tokens:5} {report.temporary_bytes / _GIB:.2f} GiB temporary, "
+        f"{needed / _GIB:.2f} in all; {report.cache_copies} copies of a cache, "
+        f"{report.host_transfers} host transfers; {talk or 'no collectives'}; {report.compile_s:.0f} s",
+        flush=True,
+    )
+    if limit is not None and needed > limit:
+        print(f"             does not fit in {limit / _GIB:.2f} GiB: give a smaller memory_fraction")
+        return False
+    return True

@@ -1,0 +1,224 @@
+"""Compiles an engine's programs for devices that are not here, and reads off the programs what they will do.
+
+Arrays are shapes only: nothing is loaded and nothing runs. The same functions build the same programs as in
+`jaxserve.runner.model_runner`, so what is found here holds there.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxserve.config import EngineConfig
+from jaxserve.core.plan import Bucket
+from jaxserve.models.config import DecoderConfig
+from jaxserve.models.decoder import Decoder
+from jaxserve.models.params import param_specs
+from jaxserve.models.sharding import (
+    KV_CACHE_AXES,
+    Placement,
+    check_divisible,
+    make_mesh,
+    sharding_for,
+)
+from jaxserve.platforms import Platform
+from jaxserve.runner.programs import Programs
+from jaxserve.runner.resolve import ResolvedConfig, resolve, resolve_dtype
+from jaxserve.runner.slots import empty_slots
+
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+_HOST_OPS = ("infeed", "outfeed", "send", "recv")
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?\S+ = (?P<shape>.*?) (?P<op>[a-z][a-z0-9-]*)\(", re.MULTILINE)
+_ARRAY = re.compile(r"(?P<kind>[a-z]+)(?P<bits>[0-9]*)[a-z0-9]*\[(?P<dims>[0-9,]*)\]")
+
+
+class Collective(NamedTuple):
+    """Devices exchanging arrays of a size: ``all-reduce`` and its like, and the bytes of its result."""
+
+    kind: str
+    num_bytes: int
+
+
+class PlannedModel(NamedTuple):
+    """A model's shapes on a mesh.
+
+    Attributes:
+        module: the decoder.
+        placement: of its arrays.
+        params: shapes with shardings, by path.
+        bytes_per_device: that the parameters take on each device.
+    """
+
+    module: Decoder
+    placement: Placement
+    params: dict[str, jax.ShapeDtypeStruct]
+    bytes_per_device: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """What a compiled step will do, on each device.
+
+    Attributes:
+        bucket: its shape.
+        compile_s: seconds to compile it.
+        argument_bytes, temporary_bytes: memory of its inputs, and what it needs beside them.
+        aliased_bytes: of the outputs that are written over inputs.
+        collectives: how many of each; those in branches that a step may not take count too.
+        cache_copies: instructions that copy or gather a whole layer's cache.
+        host_transfers: instructions that talk to the host while the step runs.
+        custom_calls: target -> how many; kernels are among them.
+    """
+
+    bucket: Bucket
+    compile_s: float
+    argument_bytes: int
+    temporary_bytes: int
+    aliased_bytes: int
+    collectives: Mapping[Collective, int]
+    cache_copies: int
+    host_transfers: int
+    custom_calls: Mapping[str, int]
+
+
+def plan_model(
+    model: DecoderConfig, dtype: str, devices: list[Any], tensor_parallel_size: int
+) -> PlannedModel:
+    """A model's shapes over the first devices. Raises ConfigError if they cannot share it evenly."""
+    placement = Placement(make_mesh(tensor_parallel_size, devices))
+    check_divisible(model, placement.mesh, placement.rules)
+    module = Decoder(model, dtype)
+    params = {
+        path: jax.ShapeDtypeStruct(
+            spec.shape, spec.dtype, sharding=sharding_for(spec, placement.mesh, placement.rules)
+        )
+        for path, spec in param_specs(module).items()
+    }
+    return PlannedModel(module, placement, params, sum(map(_bytes_per_device, params.values())))
+
+
+def plan_engine(
+    config: EngineConfig,
+    model: DecoderConfig,
+    devices: list[Any],
+    make_platform: Callable[[int], Platform],
+) -> tuple[PlannedModel, ResolvedConfig]:
+    """The sizes that an engine would choose on those devices.
+
+    Args:
+        config: the engine's.
+        model: the architecture.
+        devices: of a topology.
+        make_platform: from the bytes that the weights take on a device.
+
+    Raises:
+        ConfigError: as `resolve`.
+    """
+    dtype = resolve_dtype(config, make_platform(0))
+    planned = plan_model(model, dtype, devices, config.parallel.tensor_parallel_size)
+    platform = make_platform(planned.bytes_per_device)
+    return planned, resolve(config, platform, model, planned.placement.mesh)
+
+
+def cache_shapes(planned: PlannedModel, resolved: ResolvedConfig) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """The KV caches of all layers."""
+    shape, sharding = resolved.layout.shape(resolved.num_pages), planned.placement.sharding(KV_CACHE_AXES)
+    cache = jax.ShapeDtypeStruct(shape, resolved.layout.dtype, sharding=sharding)
+    return (cache,) * planned.module.config.num_layers
+
+
+def compile_steps(
+    config: EngineConfig,
+    planned: PlannedModel,
+    resolved: ResolvedConfig,
+    buckets: Iterable[Bucket],
+    admission_sizes: Iterable[int] = (),
+) -> Programs:
+    """The programs of some buckets, and of some sizes of admissions."""
+    replicated = planned.placement.sharding()
+    slots = jax.tree.map(
+        lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=replicated),
+        empty_slots(resolved.num_slots, resolved.max_model_len, resolved.layout.page_size),
+    )
+    params: Any = planned.params
+    caches: Any = cache_shapes(planned, resolved)
+    return Programs(
+        planned.module,
+        planned.placement,
+        config.runner.attention,
+        buckets=buckets,
+        admission_sizes=admission_sizes,
+        params_of=lambda bucket: params,
+        caches=caches,
+        slots=slots,
+        on_compiled=lambda: None,
+    )
+
+
+def report_step(bucket: Bucket, compiled: Any, cache: jax.ShapeDtypeStruct, compile_s: float) -> StepReport:
+    """Reads a compiled step.
+
+    Args:
+        bucket: its shape.
+        compiled: what `Programs.step` gives.
+        cache: one layer's.
+        compile_s: seconds that it took.
+    """
+    memory = compiled.memory_analysis()
+    text = compiled.as_text()
+    ops = [(match["op"], match["shape"]) for match in _INSTRUCTION.finditer(text)]
+    whole = _elements(cache.sharding.shard_shape(cache.shape))
+    ops = [(op.removesuffix("-start"), shape) for op, shape in ops]
+    count = collections.Counter(op for op, _ in ops)
+    return StepReport(
+        bucket=bucket,
+        compile_s=compile_s,
+        argument_bytes=memory.argument_size_in_bytes,
+        temporary_bytes=memory.temp_size_in_bytes,
+        aliased_bytes=memory.alias_size_in_bytes,
+        collectives=collections.Counter(
+            Collective(op, sum(_bytes(shape))) for op, shape in ops if op in COLLECTIVES
+        ),
+        cache_copies=sum(
+            op in ("copy", "transpose", *COLLECTIVES) and max(_sizes(shape), default=0) >= whole
+            for op, shape in ops
+        ),
+        host_transfers=sum(count[op] for op in _HOST_OPS),
+        custom_calls=collections.Counter(re.findall(r'custom_call_target="([^"]+)"', text)),
+    )
+
+
+def timed[T](make: Callable[[], T]) -> tuple[T, float]:
+    """A result, and the seconds that it took."""
+    start = time.perf_counter()
+    result = make()
+    return result, time.perf_counter() - start
+
+
+def _bytes_per_device(array: jax.ShapeDtypeStruct) -> int:
+    return _elements(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
+
+
+def _elements(shape: Iterable[int]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def _sizes(shapes: str) -> list[int]:
+    """Elements of each array in an HLO type."""
+    dims = (match["dims"].split(",") for match in _ARRAY.finditer(shapes))
+    return [_elements(int(size) for size in each if size) for each in dims]
+
+
+def _bytes(shapes: str) -> list[int]:
+    """Bytes of each array in an HLO type."""
+    bits = (int(match["bits"] or 8) for match in _ARRAY.finditer(shapes))
+    return [size * each // 8 for size, each in zip(_sizes(shapes), bits, strict=True)]

@@ -1,0 +1,167 @@
+"""A folder of compiled programs that was made on one machine for the devices of another.
+
+The programs lie in it as JAX's compile cache keeps them; a manifest beside them says for what they were made,
+and pins every size that a program's shape depends on. Programs are native code: take bundles only from
+whom you would take a program.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxserve.config import EngineConfig, flat_fields
+from jaxserve.errors import ConfigError
+from jaxserve.models.config import DecoderConfig
+from jaxserve.runner.resolve import ResolvedConfig
+
+MANIFEST = "bundle.json"
+_FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """For what a bundle was made.
+
+    Attributes:
+        versions: package -> version; all must be the same here.
+        device_kind: as JAX names it.
+        topology: as the user gave it, for messages.
+        model: fingerprint of the architecture.
+        options: engine options that it was made with; the engine takes them from here.
+    """
+
+    versions: Mapping[str, str]
+    device_kind: str
+    topology: str
+    model: str
+    options: Mapping[str, Any]
+
+
+def programs_folder(bundle: Path) -> Path:
+    """Where in a bundle the compiled programs are."""
+    return bundle / "xla"
+
+
+def make_manifest(
+    config: EngineConfig, resolved: ResolvedConfig, model: DecoderConfig, device_kind: str, topology: str
+) -> Manifest:
+    """The manifest of programs that are being compiled here."""
+    options = {
+        "dtype": resolved.dtype,
+        "max_model_len": resolved.max_model_len,
+        "max_num_seqs": resolved.num_slots,
+        "max_num_batched_tokens": resolved.ladder.token_budget,
+        "page_size": resolved.layout.page_size,
+        "num_pages": resolved.num_pages,
+        "row_buckets": resolved.ladder.decode_rows,
+        "token_buckets": resolved.ladder.mixed_tokens,
+        "tensor_parallel_size": config.parallel.tensor_parallel_size,
+        "attention": config.runner.attention,
+    }
+    return Manifest(
+        versions=_versions(),
+        device_kind=device_kind,
+        topology=topology,
+        model=fingerprint(model),
+        options=options,
+    )
+
+
+def write_manifest(manifest: Manifest, bundle: Path) -> None:
+    """Writes the manifest, last: a folder without one is no bundle."""
+    content = {"format": _FORMAT, **dataclasses.asdict(manifest)}
+    (bundle / MANIFEST).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def read_manifest(bundle: Path) -> Manifest:
+    """Reads a bundle's manifest. Raises ConfigError if the folder is no bundle of this format."""
+    path = bundle / MANIFEST
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+        if content.pop("format") != _FORMAT:
+            raise ConfigError(f"bundle={bundle}: made by another version of jaxserve; compile it again")
+        return Manifest(**content)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"bundle={bundle}: not a folder made by `jaxserve compile` ({error})") from None
+
+
+def with_bundle(config: EngineConfig) -> EngineConfig:
+    """The configuration with every option that its bundle pins; as it is without a bundle.
+
+    Raises:
+        ConfigError: if the bundle was made with other versions, or an option was given another value.
+    """
+    bundle = config.runner.bundle
+    if bundle is None:
+        return config
+    manifest = read_manifest(bundle)
+    for name, version in _versions().items():
+        if manifest.versions.get(name) != version:
+            raise ConfigError(
+                f"bundle={bundle}: made with {name} {manifest.versions.get(name)}, here is {version}; "
+                "compile it again with the versions that are here"
+            )
+    flat = {name: value for name, value, _ in _values(config)}
+    for name, value, default in _values(config):
+        wanted = manifest.options.get(name, value)
+        wanted = tuple(wanted) if isinstance(wanted, list) else wanted
+        if value not in (default, wanted):
+            raise ConfigError(f"{name}={value!r}: the bundle {bundle} was made with {wanted!r}")
+        flat[name] = wanted
+    return EngineConfig.from_flat(flat)
+
+
+def check_devices(bundle: Path | None, model: DecoderConfig, devices: list[Any]) -> None:
+    """Raises ConfigError if a bundle was made for another kind or number of devices, or another model."""
+    if bundle is None:
+        return
+    manifest = read_manifest(bundle)
+    needed = manifest.options["tensor_parallel_size"]
+    for name, made_for, here in (
+        ("devices", manifest.device_kind, devices[0].device_kind),
+        ("number of devices", needed, len(devices)),
+        ("model", manifest.model, fingerprint(model)),
+    ):
+        if made_for != here:
+            raise ConfigError(
+                f"bundle={bundle}: made for {manifest.topology}; {name} {made_for!r} there, {here!r} here"
+            )
+
+
+def fingerprint(model: DecoderConfig) -> str:
+    """A digest of an architecture."""
+    return hashlib.sha256(repr(model).encode()).hexdigest()[:16]
+
+
+def _versions() -> dict[str, str]:
+    versions = {"jax": jax.__version__}
+    for name in ("jaxlib", "libtpu", "jaxserve-engine"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions
+
+
+def _values(config: EngineConfig) -> list[tuple[str, Any, Any]]:
+    """Every option's name, value and default."""
+    values: list[tuple[str, Any, Any]] = []
+    default = EngineConfig()
+    for name, _ in flat_fields():
+        section = next(
+            (s for s in dataclasses.fields(config) if hasattr(getattr(config, s.name), name)), None
+        )
+        if section is None:
+            values.append((name, getattr(config, name), getattr(default, name)))
+        else:
+            holder, defaults = getattr(config, section.name), getattr(default, section.name)
+            values.append((name, getattr(holder, name), getattr(defaults, name)))
+    return values

@@ -1,0 +1,173 @@
+"""Ragged paged attention on TPUs: one Pallas kernel (Mosaic) for a whole mixed batch, the KV write included.
+
+This module checks the input, lays it out for the kernel and calls it; `mosaic_tpu_work` orders the work,
+`mosaic_tpu_kernel` moves the data, `mosaic_tpu_attend` computes, `mosaic_tpu_blocks` has the sizes. After
+Ragged Paged Attention (jax-ml/jax, `jax.experimental.pallas.ops.tpu.ragged_paged_attention`), which reads its
+cache in the same way.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from jaxserve.pallas_kernels.layout import KVLayout, interleave
+from jaxserve.pallas_kernels.ragged_paged_attention.metadata import AttentionMetadata, token_places
+from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_tpu_blocks import VMEM_LIMIT_BYTES, choose_blocks
+from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_tpu_kernel import kernel
+from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_tpu_types import LANES, KernelConfig
+from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_tpu_work import WorkList, make_work
+
+NAME = "ragged_paged_attention_tpu"
+
+# Half of the scalar memory that a core has: the rest is the compiler's.
+_SMEM_BYTES = 512 * 2**10
+_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))
+
+
+def ragged_paged_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    kv_pages: jax.Array,
+    metadata: AttentionMetadata,
+    *,
+    scale: float,
+    sliding_window: int | None,
+    soft_cap: float | None,
+) -> tuple[jax.Array, jax.Array]:
+    """See `jaxserve.pallas_kernels.ragged_paged_attention.api.ragged_paged_attention`.
+
+    A cache with heads of 64 elements is best stored packed (`KVLayout.is_packed`): otherwise XLA copies it.
+
+    Raises:
+        NotImplementedError: for float16 and 8-bit types, heads below 64 or above 256 elements, an odd number
+            of bfloat16 heads of 64, and page tables that do not fit in scalar memory.
+    """
+    layout = KVLayout.of(kv_pages)
+    _check(q, layout, metadata)
+    num_tokens, q_heads, head_dim = q.shape
+    words = 4 // q.dtype.itemsize
+    group = -(-(q_heads // layout.num_kv_heads) // words) * words
+    is_packed = can_pack(layout.num_kv_heads, head_dim, layout.dtype)
+    blocks = choose_blocks(layout, group, metadata)
+    work = make_work(metadata, num_tokens, blocks.q_tokens, blocks.cores)
+    config = KernelConfig(
+        scale=scale,
+        sliding_window=sliding_window,
+        soft_cap=soft_cap,
+        page_size=layout.page_size,
+        max_pages=metadata.page_table.shape[1],
+        kv_heads=layout.num_kv_heads,
+        group=group,
+        width=2 * head_dim if is_packed else head_dim,
+        is_packed=is_packed,
+        kv_dtype=layout.dtype,
+        kv_pages=blocks.kv_pages,
+        q_tokens=blocks.q_tokens,
+        depth=blocks.depth,
+        cores=blocks.cores,
+        items_per_core=work.row.shape[0] // blocks.cores,
+    )
+    rows = (config.rows_per_token, config.width)
+    new_kv = interleave(k, v).astype(layout.dtype).reshape(num_tokens, *rows)
+    pages = kv_pages.reshape(*kv_pages.shape[:2], *rows)
+    out, pages = _call(config, work, metadata, _pack_queries(q, config, words), new_kv, pages)
+    out = _unpack_output(out, config, q.shape)
+    is_real = token_places(metadata, num_tokens, kv_pages.shape).position >= 0
+    return jnp.where(is_real[:, None, None], out, 0), pages.reshape(kv_pages.shape)
+
+
+def can_pack(num_kv_heads: int, head_dim: int, dtype: jnp.dtype) -> bool:
+    """Whether a key and its value fill one row of lanes together, and tokens whole 32-bit words."""
+    return 2 * head_dim == LANES and num_kv_heads * dtype.itemsize % 4 == 0
+
+
+def _check(q: jax.Array, layout: KVLayout, metadata: AttentionMetadata) -> None:
+    for name, dtype in (("q", q.dtype), ("kv_pages", layout.dtype)):
+        if dtype not in _DTYPES:
+            raise NotImplementedError(f"{name} is {dtype}: needs bfloat16 or float32")
+    if not (64 <= layout.head_dim <= LANES or layout.head_dim == 2 * LANES):
+        raise NotImplementedError(f"head_dim={layout.head_dim}: needs 64 to 128, or 256")
+    if 2 * layout.head_dim == LANES and not can_pack(layout.num_kv_heads, layout.head_dim, layout.dtype):
+        raise NotImplementedError(
+            f"{layout.num_kv_heads} kv heads of {layout.head_dim} {layout.dtype} on a device: needs an even "
+            "number, that tokens may be whole 32-bit words; fewer devices have more heads each"
+        )
+    rows, max_pages = metadata.page_table.shape
+    if 4 * rows * max_pages > _SMEM_BYTES:
+        raise NotImplementedError(
+            f"page_table is [{rows}, {max_pages}], {4 * rows * max_pages} bytes: scalar memory has room for "
+            f"{_SMEM_BYTES}; a larger page_size needs fewer pages"
+        )
+
+
+def _pack_queries(q: jax.Array, config: KernelConfig, words: int) -> jax.Array:
+    """Queries ``[tokens, q_heads, head_dim]`` by kv head, in whole 32-bit words: as in `Refs.q`.
+
+    A token is then a row of its own that a copy can begin at, whatever the tiling.
+    """
+    num_tokens, q_heads, head_dim = q.shape
+    own = q_heads // config.kv_heads
+    q = q.reshape(num_tokens, config.kv_heads, own, head_dim).swapaxes(0, 1)
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, config.group - own), (0, config.width - head_dim)))
+    return q.reshape(config.kv_heads, num_tokens, config.group // words, words, config.width)
+
+
+def _unpack_output(out: jax.Array, config: KernelConfig, shape: tuple[int, ...]) -> jax.Array:
+    num_tokens, q_heads, head_dim = shape
+    out = out.reshape(config.kv_heads, num_tokens, config.group, config.width)
+    out = out[:, :, : q_heads // config.kv_heads, config.width - head_dim :]
+    return out.swapaxes(0, 1).reshape(shape)
+
+
+def _call(
+    config: KernelConfig,
+    work: WorkList,
+    metadata: AttentionMetadata,
+    q: jax.Array,
+    new_kv: jax.Array,
+    pages: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    scalars = (*work, metadata.page_table.reshape(-1), metadata.kv_lens, metadata.cu_q_lens)
+    rows = config.q_tokens * config.group
+    queries = (config.kv_heads, config.q_tokens, *q.shape[2:])
+    keys = pltpu.VMEM(
+        (config.kv_heads, config.kv_tokens, config.width), jnp.promote_types(q.dtype, pages.dtype)
+    )
+    statistic = pltpu.VMEM((config.kv_heads, rows, LANES), jnp.float32)
+    # XLA may keep what is small near the core; the cache stays where it is, however small.
+    anywhere, in_hbm = pl.BlockSpec(memory_space=pl.ANY), pl.BlockSpec(memory_space=pltpu.HBM)
+    return pl.pallas_call(
+        functools.partial(kernel, config=config),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(scalars),
+            in_specs=[anywhere, anywhere, in_hbm],
+            out_specs=[anywhere, in_hbm],
+            grid=(config.cores,),
+            scratch_shapes=(
+                pltpu.VMEM((config.depth, config.kv_pages, *pages.shape[1:]), pages.dtype),
+                pltpu.VMEM((config.depth, *queries), q.dtype),
+                pltpu.VMEM((2, *queries), q.dtype),
+                keys,
+                keys,
+                statistic,
+                statistic,
+                pltpu.VMEM((config.kv_heads, rows, config.width), jnp.float32),
+                pltpu.SemaphoreType.DMA((config.depth,)),
+                pltpu.SemaphoreType.DMA((config.depth,)),
+                pltpu.SemaphoreType.DMA((2,)),
+                pltpu.SemaphoreType.DMA,
+            ),
+        ),
+        out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), pltpu.HBM(pages.shape, pages.dtype)],
+        input_output_aliases={len(scalars) + 2: 1},
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",), vmem_limit_bytes=VMEM_LIMIT_BYTES
+        ),
+        name=NAME,
+    )(*scalars, q, new_kv, pages)

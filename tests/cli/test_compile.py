@@ -1,0 +1,144 @@
+"""`jaxserve compile`, and the bundles that it makes: for the CPU here, so that an engine can load them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from jaxserve import LLM, SamplingParams
+from jaxserve.cli import main
+from jaxserve.config import EngineConfig
+from jaxserve.errors import ConfigError
+from jaxserve.models.registry import find_family
+from jaxserve.runner.bundle import MANIFEST, check_devices, read_manifest, with_bundle
+from tests.support.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
+from tests.support.tpu_compiler import needs_libtpu
+
+SIZES = ("--dtype=float32", "--max-num-seqs=2", "--row-buckets=2", "--token-buckets=8", "--num-pages=9")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(autouse=True)
+def compile_cache_is_restored():
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+        "jax_persistent_cache_min_entry_size_bytes",
+    )
+    before = {name: getattr(jax.config, name) for name in names}
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module")
+def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bundles") / "cpu"
+    arguments = ["compile", "--platform=cpu", "--topology=here", f"--model={checkpoint}", *SIZES]
+    assert main.main([*arguments, f"--output={folder}"]) == 0
+    return folder
+
+
+def test_an_engine_takes_programs_and_sizes_from_a_bundle(checkpoint: Path, bundle: Path) -> None:
+    programs = {path.name for path in (bundle / "xla").iterdir()}
+    events: list[str] = []
+    jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
+    with LLM(str(checkpoint), bundle=bundle, use_tqdm=False, page_size=16) as llm:
+        (output,) = llm.generate("ab", SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True))
+    assert len(output.outputs[0].token_ids) == 3
+    assert llm is not None
+    steps = {name for name in programs if name.startswith("jit_step")}
+    assert len(steps) == 2
+    after = {path.name for path in (bundle / "xla").iterdir() if path.name.endswith("-cache")}
+    assert {name for name in after if name.startswith("jit_step")} == steps, "no step was compiled again"
+    assert events.count("/jax/compilation_cache/cache_hits") >= len(steps)
+
+
+def edited(bundle: Path, tmp_path: Path, **changes: Any) -> Path:
+    content = json.loads((bundle / MANIFEST).read_text())
+    for path, value in changes.items():
+        *parents, name = path.split("__")
+        target = content
+        for parent in parents:
+            target = target[parent]
+        target[name] = value
+    (tmp_path / MANIFEST).write_text(json.dumps(content))
+    return tmp_path
+
+
+def test_other_versions_are_refused(bundle: Path, tmp_path: Path) -> None:
+    other = edited(bundle, tmp_path, versions__jax="0.1.0")
+    with pytest.raises(ConfigError, match=rf"made with jax 0\.1\.0, here is {jax.__version__}"):
+        with_bundle(EngineConfig.from_flat({"bundle": other}))
+
+
+def test_another_topology_or_model_is_refused(bundle: Path, tmp_path: Path) -> None:
+    model = find_family(TINY_CONFIG).config_from_hf(TINY_CONFIG)
+    device = jax.devices()[0]
+    check_devices(None, model, [device])
+    check_devices(bundle, model, [device])
+    with pytest.raises(ConfigError, match=r"made for here; number of devices 1 there, 2 here"):
+        check_devices(bundle, model, [device, device])
+    with pytest.raises(ConfigError, match=r"made for here; model '[0-9a-f]{16}' there"):
+        check_devices(bundle, dataclasses.replace(model, norm_eps=1e-6), [device])
+    other = edited(bundle, tmp_path, device_kind="TPU v6 lite", topology="v6e:2x2")
+    with pytest.raises(ConfigError, match=r"made for v6e:2x2; devices 'TPU v6 lite' there, 'cpu' here"):
+        check_devices(other, model, [device])
+
+
+def test_an_option_may_not_contradict_the_bundle(bundle: Path) -> None:
+    config = with_bundle(EngineConfig.from_flat({"bundle": bundle, "max_num_seqs": 2}))
+    assert config.cache.num_pages == 9
+    assert config.runner.row_buckets == (2,)
+    assert config.runner.bundle == bundle
+    with pytest.raises(ConfigError, match=r"max_num_seqs=3: the bundle .* was made with 2"):
+        with_bundle(EngineConfig.from_flat({"bundle": bundle, "max_num_seqs": 3}))
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"format": 0}', '{"format": 1}'])
+def test_what_is_no_bundle_is_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / MANIFEST).write_text(content)
+    with pytest.raises(ConfigError, match="bundle="):
+        read_manifest(tmp_path)
+
+
+def test_an_existing_folder_is_not_overwritten(tmp_path: Path, capsys) -> None:
+    assert main.main(["compile", "--platform=cpu", f"--output={tmp_path}", "--model=x"]) == 2
+    assert "exists already; give a new folder" in capsys.readouterr().err
+
+
+@needs_libtpu
+def test_a_plan_for_a_tpu_is_printed_from_a_config_alone(tmp_path: Path, capsys) -> None:
+    config = TINY_CONFIG | {"head_dim": 128, "max_position_embeddings": 1024}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    sizes = ["--max-num-seqs=8", "--row-buckets=8", "--token-buckets=16", "--max-num-batched-tokens=16"]
+    arguments = ["compile", f"--model={tmp_path}", "--topology=v6e:2x2", "--tensor-parallel-size=2", *sizes]
+    assert main.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "devices      2 x TPU v6 lite; each:" in printed
+    assert "65 of 128 tokens, 8192 tokens in all" in printed
+    assert "decode     8" in printed
+    assert "mixed     16" in printed
+    assert "0 copies of a cache, 0 host transfers" in printed
+
+
+@pytest.mark.parametrize(
+    ("topology", "message"),
+    [
+        ("v9:2x2", "topology='v9:2x2': must begin with one of v5e, v5p, v6e, tpu7x"),
+        pytest.param("v6e:1x1", "topology='v6e:1x1': libtpu does not take it", marks=needs_libtpu),
+    ],
+)
+def test_a_wrong_topology_is_named(topology: str, message: str, tmp_path: Path, capsys) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(TINY_CONFIG))
+    assert main.main(["compile", f"--model={tmp_path}", f"--topology={topology}"]) == 2
+    assert message in capsys.readouterr().err

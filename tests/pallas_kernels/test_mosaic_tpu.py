@@ -1,0 +1,266 @@
+"""The TPU kernel beyond the shared suite: that its checks bite, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+
+from jaxserve.pallas_kernels.ragged_paged_attention import mosaic_tpu, mosaic_tpu_kernel
+from jaxserve.pallas_kernels.ragged_paged_attention.api import AttentionMetadata, ragged_paged_attention
+from jaxserve.pallas_kernels.ragged_paged_attention.arg_specs import CORRECTNESS_SPECS, ArgSpec
+from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_tpu_work import make_work
+from tests.support import attention_oracle
+from tests.support.attention_inputs import make_step
+from tests.support.implementations import small_blocks
+from tests.support.tolerances import ATTENTION_TOLERANCE
+from tests.support.tpu_interpreter import races_found, simulated_tpu
+
+SPECS = {spec.name: spec for spec in CORRECTNESS_SPECS}
+
+
+def attend(spec: ArgSpec, dtype: str = "float32", *, stored: Any = None) -> tuple[float, np.ndarray]:
+    """The kernel's largest error (NaN if any), and the cache; inside `simulated_tpu`."""
+    step, arrays, metadata = make_step(spec, jnp.dtype(dtype))
+    scale = spec.head_dim**-0.5
+    pages = arrays[3] if stored is None else arrays[3].reshape(stored(arrays[3].shape))
+    attention = functools.partial(
+        ragged_paged_attention,
+        scale=scale,
+        sliding_window=spec.sliding_window,
+        soft_cap=spec.soft_cap,
+        implementation="mosaic_tpu",
+    )
+    out, pages = jax.jit(attention)(*arrays[:3], pages, metadata)
+    want = attention_oracle.attend(
+        step, scale=scale, sliding_window=spec.sliding_window, soft_cap=spec.soft_cap
+    )
+    return float(np.abs(np.asarray(out, np.float64) - want).max()), np.asarray(pages, np.float64)
+
+
+@pytest.fixture
+def blocks_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mosaic_tpu, "choose_blocks", small_blocks)
+
+
+LOW_PRECISION = (
+    SPECS["head_dim_128"],
+    SPECS["head_dim_256"],
+    SPECS["gqa_8"],
+    # A group of 3 is filled up to whole words, and 3 heads are not read by strides.
+    ArgSpec(name="three_heads", rows=((1, 20), (6, 18)), num_q_heads=9, num_kv_heads=3, head_dim=128),
+    ArgSpec(name="one_head", rows=((1, 20), (6, 18)), num_kv_heads=1, head_dim=128),
+)
+
+
+@pytest.mark.parametrize("spec", LOW_PRECISION, ids=lambda spec: spec.name)
+def test_bfloat16_rows_are_taken_from_their_words(spec: ArgSpec, blocks_are_small: None) -> None:
+    with simulated_tpu():
+        assert attend(spec, "bfloat16")[0] <= ATTENTION_TOLERANCE["bfloat16"]
+
+
+def test_sizes_for_real_contexts_give_the_same() -> None:
+    with simulated_tpu():
+        assert attend(SPECS["mixed"])[0] <= ATTENTION_TOLERANCE["float32"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_packed_cache_is_attended_and_written(dtype: str, blocks_are_small: None) -> None:
+    spec = SPECS["mixed"]
+    with simulated_tpu():
+        error, pages = attend(spec, dtype, stored=lambda s: (*s[:2], s[2] // 2, 2 * s[3]))
+    step, _, _ = make_step(spec, jnp.dtype(dtype))
+    assert error <= ATTENTION_TOLERANCE[dtype]
+    written = attention_oracle.written_pages(step)
+    np.testing.assert_array_equal(pages, written.reshape(pages.shape))
+
+
+@pytest.mark.parametrize("name", ["mixed", "decode_page_borders", "decode_all_empty"])
+def test_two_cores_share_the_work(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both write the chunks' tokens, the same bytes: to the simulator that is a race."""
+
+    def blocks(*args):
+        return dataclasses.replace(small_blocks(*args), cores=2)
+
+    monkeypatch.setattr(mosaic_tpu, "choose_blocks", blocks)
+    with simulated_tpu(may_race=name == "mixed", num_cores_or_threads=2):
+        error, pages = attend(SPECS[name])
+    assert error <= ATTENTION_TOLERANCE["float32"]
+    step, _, _ = make_step(SPECS[name], jnp.dtype("float32"))
+    np.testing.assert_array_equal(pages, attention_oracle.written_pages(step))
+
+
+# --- mistakes that must be caught ---------------------------------------------------------------------------
+
+
+def pages_not_waited_for(original):
+    def wait(refs, config, index, item, block, number) -> None:
+        pl.when(block == 0)(lambda: mosaic_tpu_kernel._q_copy(refs, config, index, item).wait())
+
+    return wait
+
+
+def new_tokens_not_waited_for(original):
+    def write(refs, config, core) -> None:
+        mosaic_tpu_kernel._for_each_item(refs, config, core, lambda copy: copy.start())
+
+    return write
+
+
+class OnlyFirst:
+    """A reference to semaphores that gives the first one, whichever is asked for."""
+
+    def __init__(self, semaphores) -> None:
+        self._semaphores = semaphores
+
+    @property
+    def at(self):
+        return self
+
+    def __getitem__(self, index):
+        return self._semaphores.at[0]
+
+
+def one_semaphore_for_all_slots(original):
+    return lambda refs, *args: original(refs._replace(kv_sems=OnlyFirst(refs.kv_sems)), *args)
+
+
+def the_next_slots_semaphore(original):
+    return lambda refs, config, index, item, block, number: original(
+        refs, config, index, item, block, number + 1
+    )
+
+
+def nothing_fetched(original):
+    return lambda refs, config, cursor: cursor
+
+
+MISTAKES = (
+    ("_wait_for_block", pages_not_waited_for, "on_wait"),
+    ("_wait_for_block", pages_not_waited_for, "eager"),
+    ("_write_new", new_tokens_not_waited_for, "on_wait"),
+    ("_write_new", new_tokens_not_waited_for, "eager"),
+    ("_for_each_page", one_semaphore_for_all_slots, "on_wait"),
+)
+
+
+@pytest.mark.parametrize(("name", "plant", "mode"), MISTAKES)
+def test_a_planted_mistake_is_caught(
+    name: str, plant: Any, mode: Any, blocks_are_small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As late as a copy may run, its data are missing; as early as it may, only the race detector sees it."""
+    monkeypatch.setattr(mosaic_tpu_kernel, name, plant(getattr(mosaic_tpu_kernel, name)))
+    with simulated_tpu(may_race=True, dma_execution_mode=mode):
+        error, _ = attend(SPECS["mixed"])
+        assert races_found() or not error <= ATTENTION_TOLERANCE["float32"]
+
+
+@pytest.mark.parametrize(
+    ("name", "plant"), [("_wait_for_block", the_next_slots_semaphore), ("_fetch_next", nothing_fetched)]
+)
+def test_a_wait_for_what_was_never_started_fails_instead_of_hanging(
+    name: str, plant: Any, blocks_are_small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mosaic_tpu_kernel, name, plant(getattr(mosaic_tpu_kernel, name)))
+    with (
+        pytest.raises(jax.errors.JaxRuntimeError, match="waits for a copy that it has not started"),
+        simulated_tpu(may_race=True),
+    ):
+        attend(SPECS["mixed"])
+
+
+# --- the work list ------------------------------------------------------------------------------------------
+
+
+def test_work_covers_every_token_once_and_spreads_single_tokens() -> None:
+    counts = [1, 20, 0, 1, 1, 9, 1, 1, 1, 1, 0]
+    metadata = AttentionMetadata(
+        jnp.zeros((len(counts), 4), jnp.int32),
+        jnp.asarray(counts, jnp.int32),
+        jnp.asarray(np.concatenate([[0], np.cumsum(counts)]), jnp.int32),
+        64,
+    )
+    work = jax.tree.map(np.asarray, make_work(metadata, 64, 8))
+    items = list(zip(work.row[: work.count[0]].tolist(), work.first[: work.count[0]].tolist(), strict=True))
+    tokens = [(row, token) for row, first in items for token in range(first, min(first + 8, counts[row]))]
+    assert sorted(tokens) == [(row, token) for row, count in enumerate(counts) for token in range(count)]
+    kinds = "".join("d" if counts[row] == 1 else "p" for row, _ in items)
+    assert kinds.count("p") == 5
+    gaps = [len(gap) for gap in kinds.split("p")[1:]]
+    assert max(gaps) - min(gaps) <= 1
+    assert gaps[0] >= 1
+
+
+@pytest.mark.parametrize("counts", [[], [1, 1, 1], [30], [0, 0]])
+def test_work_of_one_kind_keeps_its_order(counts: list[int]) -> None:
+    counts = [*counts, 0]
+    metadata = AttentionMetadata(
+        jnp.zeros((len(counts), 4), jnp.int32),
+        jnp.asarray(counts, jnp.int32),
+        jnp.asarray(np.concatenate([[0], np.cumsum(counts)]), jnp.int32),
+        32,
+    )
+    work = jax.tree.map(np.asarray, make_work(metadata, 32, 8))
+    items = list(zip(work.row[: work.count[0]].tolist(), work.first[: work.count[0]].tolist(), strict=True))
+    want = [(row, first) for row, count in enumerate(counts) for first in range(0, count, 8)]
+    assert items == want
+
+
+@pytest.mark.parametrize("max_q_len", [1, 32])
+def test_work_is_dealt_out_to_cores_evenly_by_kind(max_q_len: int) -> None:
+    counts = [1, 0, 1, 1, 1, 1] if max_q_len == 1 else [1, 20, 0, 1, 1, 9, 1, 1]
+    metadata = AttentionMetadata(
+        jnp.zeros((len(counts), 4), jnp.int32),
+        jnp.asarray(counts, jnp.int32),
+        jnp.asarray(np.concatenate([[0], np.cumsum(counts)]), jnp.int32),
+        max_q_len,
+    )
+    work = jax.tree.map(np.asarray, make_work(metadata, 40, 8, cores=2))
+    per_core = []
+    for core, count in enumerate(work.count.tolist()):
+        begin = core * work.row.size // 2
+        rows, firsts = work.row[begin : begin + count], work.first[begin : begin + count]
+        per_core.append(list(zip(rows.tolist(), firsts.tolist(), strict=True)))
+    want = [(row, first) for row, count in enumerate(counts) for first in range(0, count, 8)]
+    assert sorted(per_core[0] + per_core[1]) == want
+    for is_single in (True, False):
+        dealt = [sum((counts[row] == 1) == is_single for row, _ in items) for items in per_core]
+        assert abs(dealt[0] - dealt[1]) <= 1
+
+
+# --- what it refuses ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "message"),
+    [
+        ({"head_dim": 32}, "float32", r"head_dim=32: needs 64 to 128, or 256"),
+        ({"head_dim": 192}, "float32", r"head_dim=192: needs 64 to 128, or 256"),
+        ({}, "float16", r"q is float16: needs bfloat16 or float32"),
+        (
+            {"num_q_heads": 3, "num_kv_heads": 1},
+            "bfloat16",
+            r"1 kv heads of 64 bfloat16 .* needs an even number",
+        ),
+    ],
+)
+def test_a_refusal_says_what_and_why(shape: dict[str, int], dtype: str, message: str) -> None:
+    with pytest.raises(NotImplementedError, match=message):
+        attend(ArgSpec(name="refused", rows=((1, 3),), **shape), dtype)
+
+
+def test_a_page_table_beyond_scalar_memory_is_refused() -> None:
+    def args(*shape, dtype: Any = jnp.bfloat16) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    sizes = ((128, 8192), (128,), (129,))
+    metadata = AttentionMetadata(*(args(*size, dtype=jnp.int32) for size in sizes), max_q_len=1)
+    attention = functools.partial(ragged_paged_attention, scale=1.0, implementation="mosaic_tpu")
+    with pytest.raises(NotImplementedError, match=r"page_table is \[128, 8192\].* a larger page_size"):
+        jax.eval_shape(attention, args(128, 4, 128), *[args(128, 2, 128)] * 2, args(9, 16, 4, 128), metadata)

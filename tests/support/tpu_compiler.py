@@ -1,0 +1,48 @@
+"""The real TPU compiler on a machine without a TPU: libtpu compiles for any topology."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import re
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxserve.platforms.tpu import topology_devices
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs libtpu: uv sync --group tpu-compile"
+)
+
+GENERATIONS = ("v5e", "v5p", "v6e", "tpu7x")
+
+
+@functools.cache
+def devices(topology: str) -> tuple[Any, ...]:
+    """The devices of a topology."""
+    return tuple(topology_devices(topology))
+
+
+def compile_on_one(generation: str, function: Any, *args: jax.ShapeDtypeStruct, donate: int) -> Any:
+    """Compiles a function of arrays for one device."""
+    mesh = Mesh(np.array(devices(generation)[:1]), ("x",))
+    on_device = NamedSharding(mesh, PartitionSpec())
+    here = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=on_device) for a in args]
+    mapped = jax.shard_map(
+        function, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False
+    )
+    return jax.jit(mapped, donate_argnums=donate).lower(*here).compile()
+
+
+def copies_of(text: str, shape: tuple[int, ...]) -> list[str]:
+    """Instructions of an HLO text that copy or rearrange an array as large as ``shape``."""
+    found = []
+    for line in text.splitlines():
+        match = re.match(r"\s*(?:ROOT )?%?\S+ = \S*?\w+\[([0-9,]+)\]\S* (copy|copy-start|transpose)\(", line)
+        if match and np.prod([int(n) for n in match[1].split(",")]) >= np.prod(shape):
+            found.append(line.strip()[:120])
+    return found
