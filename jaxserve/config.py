@@ -61,7 +61,9 @@ class ModelConfig:
 class CacheConfig:
     """The paged KV cache."""
 
-    page_size: int | None = _option(None, "tokens in a KV page, a power of two; default: 16, on TPUs 128")
+    page_size: int | None = _option(
+        None, "tokens in a KV page, a power of two; default: 16, on GPUs 64, on TPUs 128"
+    )
     num_pages: int | None = _option(None, "KV pages; default: as many as fit in memory_fraction")
     memory_fraction: float = _option(
         0.9,

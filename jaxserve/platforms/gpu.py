@@ -17,7 +17,7 @@ class Gpu:
     default_dtype = "bfloat16"
     default_max_num_seqs = 256
     default_token_budget = 2048
-    default_page_size = 16
+    default_page_size = 64  # one copy a page for each tile of the attention kernels
     slow_first_run = True
     smallest_rows = 1
     pairs_single_rows = False

@@ -89,7 +89,7 @@ def share_out(
     row = jnp.sum(start[:, None] >= until[None, :], axis=1, dtype=jnp.int32)
     row = jnp.minimum(row, length.shape[0] - 1)
     within, per_head = start - first_unit[row], jnp.maximum(num_tiles[row], 1)
-    share = least + (worker < extra)
+    share = least + (worker < extra).astype(jnp.int32)
     shares = jnp.stack([row, within // per_head, within % per_head, share])
     division = jnp.stack([least, extra])
     return DecodeWork(token, length, first_tile, num_tiles, first_unit, shares, division)
