@@ -33,7 +33,7 @@ EVERY_CASE = [
 ]
 EVERY_DTYPE = ("float32", "bfloat16", "float16")
 # What takes no float32 runs every spec in bfloat16 on its own machine, and these in the slow simulator.
-SIMULATED_SPECS = ("decode_many_kv_blocks", "prefill_page_borders", "gqa_3", "head_dim_96", "head_dim_256")
+SIMULATED_SPECS = ("decode_many_kv_blocks", "gqa_3", "head_dim_256")
 
 
 def cases_of(implementation: str) -> list[tuple[str, str]]:

@@ -1,0 +1,166 @@
+"""The Hopper kernels: they lower for an H100 on any machine, work is shared out once, the rest is refused."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxserve.pallas_kernels.ragged_paged_attention.api import AttentionMetadata, ragged_paged_attention
+from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_gpu.work import share_out, tile_out, worker_of
+
+CUSTOM_CALLS = ("mosaic_gpu_v2", "mosaic_gpu", "triton_kernel_call", "__gpu$xla.gpu.triton")
+
+
+def lower_for_h100(
+    *,
+    max_q_len: int,
+    heads: tuple[int, int] = (32, 8),
+    head_dim: int = 128,
+    page_size: int = 64,
+    dtype: str = "bfloat16",
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+) -> str:
+    """The exported module's text; nothing is compiled or run."""
+    q_heads, kv_heads = heads
+    rows = 8
+    tokens = 64
+    shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.dtype(dtype))
+    kv = shape((tokens, kv_heads, head_dim))
+    integers = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    metadata = AttentionMetadata(integers((rows, 16)), integers((rows,)), integers((rows + 1,)), max_q_len)
+    attend = functools.partial(
+        ragged_paged_attention,
+        scale=head_dim**-0.5,
+        sliding_window=sliding_window,
+        soft_cap=soft_cap,
+        implementation="mosaic_gpu",
+    )
+    h100 = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=h100)
+    checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in CUSTOM_CALLS]
+    with jax.sharding.use_abstract_mesh(mesh):
+        exported = jax.export.export(jax.jit(attend), platforms=["cuda"], disabled_checks=checks)(
+            shape((tokens, q_heads, head_dim)),
+            kv,
+            kv,
+            shape((100, page_size, 2 * kv_heads, head_dim)),
+            metadata,
+        )
+    return exported.mlir_module()
+
+
+# Write and merge are Triton kernels, which JAX means to drop.
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_q_len": 1},
+        {"max_q_len": 64},
+        {"max_q_len": 64, "heads": (9, 3), "head_dim": 64, "page_size": 16},
+        {"max_q_len": 64, "heads": (4, 1), "head_dim": 256, "sliding_window": 512},
+        {"max_q_len": 64, "heads": (8, 8), "head_dim": 96, "page_size": 32, "dtype": "float16"},
+        {"max_q_len": 64, "heads": (16, 2), "page_size": 256, "soft_cap": 50.0},
+    ],
+    ids=str,
+)
+def test_it_lowers_for_an_h100(options: dict[str, object]) -> None:
+    text = lower_for_h100(**options)  # pyright: ignore[reportArgumentType]
+    kernels = {"ragged_paged_write", "ragged_paged_decode", "ragged_paged_merge"}
+    if options["max_q_len"] != 1:
+        kernels.add("ragged_paged_prefill")
+    assert {name for name in kernels | {"ragged_paged_prefill"} if name in text} == kernels
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "float32"}, "q is float32 and kv_pages float32: must both be bfloat16 or float16"),
+        ({"page_size": 24}, "page_size=24: must be a power of two, 8 or more"),
+        ({"head_dim": 80}, "head_dim=80: must be a multiple of 32 up to 256"),
+        ({"heads": (128, 1)}, "128 query heads a kv head: must be at most 64"),
+    ],
+)
+def test_what_it_does_not_take_is_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(NotImplementedError, match=message):
+        lower_for_h100(max_q_len=1, **options)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="this machine may have what is refused here")
+def test_a_device_that_is_no_hopper_is_refused() -> None:
+    q, kv = jnp.zeros((1, 8, 64), jnp.bfloat16), jnp.zeros((1, 8, 64), jnp.bfloat16)
+    integers = jnp.zeros(1, jnp.int32)
+    metadata = AttentionMetadata(integers[None], integers, jnp.zeros(2, jnp.int32), 1)
+    cache = jnp.zeros((2, 16, 16, 64), jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match="must be an NVIDIA Hopper GPU or newer"):
+        ragged_paged_attention(q, kv, kv, cache, metadata, scale=1.0, implementation="mosaic_gpu")
+
+
+step_rows = st.lists(
+    st.tuples(st.sampled_from([0, 1, 1, 1, 2, 64, 130]), st.integers(0, 900)), min_size=1, max_size=6
+)
+
+
+def metadata_of(rows: list[tuple[int, int]]) -> tuple[AttentionMetadata, list[tuple[int, int]]]:
+    """Metadata of rows (tokens, context before them), and (tokens, length) of each."""
+    lengths = [(count, count + before if count else 0) for count, before in rows]
+    counts = [count for count, _ in lengths]
+    return (
+        AttentionMetadata(
+            jnp.zeros((len(rows), 20), jnp.int32),
+            jnp.asarray([length for _, length in lengths], jnp.int32),
+            jnp.asarray(np.cumsum([0, *counts]), jnp.int32),
+            max(*counts, 1),
+        ),
+        lengths,
+    )
+
+
+@given(step_rows, st.sampled_from([1, 3, 16]), st.sampled_from([None, 1, 70]))
+def test_decode_tiles_are_shared_out_once_and_evenly(
+    rows: list[tuple[int, int]], num_workers: int, window: int | None
+) -> None:
+    metadata, lengths = metadata_of(rows)
+    kv_heads, tile = 3, 64
+    work = share_out(metadata, num_workers=num_workers, kv_heads=kv_heads, tile=tile, sliding_window=window)
+    wanted = []  # row, head, tile from the row's first, in line
+    for row, (count, length) in enumerate(lengths):
+        if count == 1:
+            first = 0 if window is None else max(length - window, 0) // tile
+            assert int(work.first_tile[row]) == first
+            wanted += [(row, head, i) for head in range(kv_heads) for i in range(-(-length // tile) - first)]
+    got, shares = [], np.asarray(work.share)
+    tiles = np.asarray(work.num_tiles)
+    for worker in range(num_workers):
+        row, head, at, share = (int(x) for x in shares[:, worker])
+        for _ in range(share):
+            while at == tiles[row]:  # as the kernel walks
+                row, head, at = (row, head + 1, 0) if tiles[row] and head + 1 < kv_heads else (row + 1, 0, 0)
+            unit = jnp.int32(len(got))
+            assert int(worker_of(unit, work.division[0], work.division[1])) == worker
+            got.append((row, head, at))
+            at += 1
+    assert got == wanted
+    assert shares[3].max() - shares[3].min() <= 1
+
+
+@given(step_rows)
+def test_prefill_tiles_cover_every_query_once_longest_first(rows: list[tuple[int, int]]) -> None:
+    metadata, lengths = metadata_of(rows)
+    num_tokens = sum(count for count, _ in lengths) + 5
+    work = tile_out(metadata, num_tokens=num_tokens, queries=128)
+    tiles = list(zip(np.asarray(work.tile_row), np.asarray(work.tile_first), strict=True))
+    real = [(int(row), int(first)) for row, first in tiles[: int(work.num_tiles)]]
+    wanted = {
+        (row, first) for row, (count, _) in enumerate(lengths) if count > 1 for first in range(0, count, 128)
+    }
+    assert len(real) == len(wanted)
+    assert set(real) == wanted
+    seen = [lengths[row][1] - lengths[row][0] + first for row, first in real]
+    assert seen == sorted(seen, reverse=True)
