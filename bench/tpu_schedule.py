@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from bench.results import ROOT, Results, add_output_flag
 from jaxserve.config import compile_without_devices
@@ -96,12 +96,12 @@ def compile_attention(topology: str) -> None:
 
     mesh = Mesh(np.array(topology_devices(topology)[:1]), ("x",))
 
-    def attend(q, k, v, pages, *metadata):  # type: ignore[no-untyped-def]
-        return ragged_paged_attention(
-            q, k, v, pages, AttentionMetadata(*metadata, 1), scale=0.1, implementation="mosaic_tpu"
-        )
+    def attend(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
+        q, k, v, pages, page_table, kv_lens, cu_q_lens = arrays
+        metadata = AttentionMetadata(page_table, kv_lens, cu_q_lens, max_q_len=1)
+        return ragged_paged_attention(q, k, v, pages, metadata, scale=0.1, implementation="mosaic_tpu")
 
-    def array(*shape: int, dtype: object = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+    def array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
 
     mapped = jax.shard_map(
