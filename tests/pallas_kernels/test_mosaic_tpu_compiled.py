@@ -63,6 +63,7 @@ ODD = {
     "three_heads": Shape(tokens=64, q_heads=9, kv_heads=3),
     "float32_queries_of_one_head": Shape(tokens=64, q_heads=3, kv_heads=1, dtype="float32"),
     "small_pages": Shape(tokens=64, page_size=16, max_pages=64),
+    "many_heads": Shape(tokens=512, q_heads=32, kv_heads=32),  # query blocks are cut to fit
     "page_of_one": Shape(tokens=64, page_size=1, max_pages=64),
 }
 
