@@ -257,9 +257,9 @@ def test_a_refusal_says_what_and_why(shape: dict[str, int], dtype: str, message:
         attend(ArgSpec(name="refused", rows=((1, 3),), **shape), dtype)
 
 
-def plan(**shape: Any) -> tuple[KVLayout, Any]:
+def plan(num_kv_heads: int, page_size: int = 128) -> tuple[KVLayout, Any]:
     """A layout, and the metadata of a mixed step."""
-    layout = KVLayout(**({"page_size": 128, "head_dim": 128, "dtype": jnp.dtype("bfloat16")} | shape))
+    layout = KVLayout(page_size, num_kv_heads, 128, jnp.dtype("bfloat16"))
     ints = (jnp.zeros(size, jnp.int32) for size in ((8, 64), (8,), (9,)))
     return layout, AttentionMetadata(*ints, max_q_len=2048)
 
