@@ -119,7 +119,7 @@ def program_cost(model: str, topology: str, devices: int, rows: int, layers: int
     architecture = find_family(hf).config_from_hf(hf)
     planned, resolved = plan_engine(config, architecture, topology_devices(topology), Tpu)
     bucket = Bucket(rows, rows)
-    compiled = compile_steps(config, planned, resolved, [bucket]).step(bucket)
+    compiled: Any = compile_steps(config, planned, resolved, [bucket]).step(bucket)
     counts = compiled.cost_analysis()
     report = report_step(bucket, compiled, cache_shapes(planned, resolved)[0], 0.0)
     return Cost(counts["flops"], weight_bytes(planned), link_bytes(report, devices))

@@ -4,9 +4,9 @@
 
 Compiles one layer's attention for Llama 3.1 8B in a process of its own, which has the compiler write down
 its final instruction bundles (one is issued a cycle), and reads them. Nothing is run: bundles are a lower
-bound of cycles, transfers are taken at peak bandwidth. `clock_to_hide_ghz` is the clock from which on the
-arithmetic of a KV block, and the starting of the next block's copies, take less time than the block's
-transfer: above it, decode attention is bound by memory.
+bound of cycles, transfers are taken at peak bandwidth, of which each core of a device has its share.
+`clock_to_hide_ghz` is the clock from which on the arithmetic of a KV block, and the starting of the next
+block's copies, take less time than the block's transfer: above it, decode attention is bound by memory.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from bench.results import ROOT, Results, add_output_flag
 from jaxserve.config import compile_without_devices
@@ -96,12 +96,12 @@ def compile_attention(topology: str) -> None:
 
     mesh = Mesh(np.array(topology_devices(topology)[:1]), ("x",))
 
-    def attend(q, k, v, pages, *metadata):  # type: ignore[no-untyped-def]
-        return ragged_paged_attention(
-            q, k, v, pages, AttentionMetadata(*metadata, 1), scale=0.1, implementation="mosaic_tpu"
-        )
+    def attend(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
+        q, k, v, pages, page_table, kv_lens, cu_q_lens = arrays
+        metadata = AttentionMetadata(page_table, kv_lens, cu_q_lens, max_q_len=1)
+        return ragged_paged_attention(q, k, v, pages, metadata, scale=0.1, implementation="mosaic_tpu")
 
-    def array(*shape: int, dtype: object = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+    def array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
 
     mapped = jax.shard_map(
@@ -154,7 +154,7 @@ def main(argv: list[str] | None = None) -> int:
         schedule = dumped_schedule(topology)
         chip = CHIPS[topology.partition(":")[0]]
         bundles = schedule.compute + pages * schedule.per_page
-        transfer_ns = 1e9 * block_bytes / chip.hbm_bandwidth
+        transfer_ns = 1e9 * block_bytes * chip.cores / chip.hbm_bandwidth  # each core has its share
         results = Results("tpu_schedule", f"compiled, not run: {chip.name}", args.output)
         more = {"kv_block_bytes": block_bytes, "starts_copies_first": schedule.starts_first}
         results.add("decode_8b", "bundles_per_kv_block", bundles, "bundles", **more)

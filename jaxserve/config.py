@@ -148,6 +148,8 @@ class EngineConfig:
         rest = dict(options)
         if isinstance(rest.get("model"), os.PathLike):
             rest["model"] = os.fspath(rest["model"])
+        if rest.get("bundle") is not None:
+            rest["bundle"] = Path(rest["bundle"]).expanduser()
         for name, section in sections.items():
             names = {field.name for field in dataclasses.fields(section)}  # type: ignore[arg-type]
             mine = {key: rest.pop(key) for key in list(rest) if key in names}

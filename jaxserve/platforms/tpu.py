@@ -27,6 +27,7 @@ class TpuChip:
         bf16_flops: per second.
         int8_ops: per second; 0 where the matrix units have none.
         vmem_bytes: vector memory of one core.
+        cores: that share the device's memory.
         link_bandwidth: bytes per second out of a device over all its links to other chips.
         host_topology: the smallest that one host has; topologies come in whole hosts.
     """
@@ -38,6 +39,7 @@ class TpuChip:
     bf16_flops: float
     int8_ops: float
     vmem_bytes: int
+    cores: int
     link_bandwidth: float
     host_topology: str
 
@@ -55,6 +57,7 @@ CHIPS = {
             bf16_flops=197e12,
             int8_ops=394e12,
             vmem_bytes=128 * 2**20,
+            cores=1,
             link_bandwidth=200e9,
             host_topology="2x2",
         ),
@@ -66,6 +69,7 @@ CHIPS = {
             bf16_flops=459e12,
             int8_ops=918e12,
             vmem_bytes=64 * 2**20,
+            cores=2,
             link_bandwidth=600e9,
             host_topology="2x2x1",
         ),
@@ -77,6 +81,7 @@ CHIPS = {
             bf16_flops=920e12,
             int8_ops=1840e12,
             vmem_bytes=128 * 2**20,
+            cores=1,
             link_bandwidth=400e9,
             host_topology="2x2",
         ),
@@ -88,6 +93,7 @@ CHIPS = {
             bf16_flops=1155e12,
             int8_ops=0.0,
             vmem_bytes=64 * 2**20,
+            cores=1,
             link_bandwidth=600e9,
             host_topology="2x2x1",
         ),

@@ -46,7 +46,8 @@ def ragged_paged_attention(
 
     Raises:
         NotImplementedError: for float16 and 8-bit types, heads below 64 or above 256 elements, an odd number
-            of bfloat16 heads of 64, and page tables that do not fit in scalar memory.
+            of bfloat16 heads of 64, page tables that do not fit in scalar memory, and blocks that do not fit
+            in vector memory.
     """
     layout = KVLayout.of(kv_pages)
     _check(q, layout, metadata)
@@ -54,7 +55,7 @@ def ragged_paged_attention(
     words = 4 // q.dtype.itemsize
     group = -(-(q_heads // layout.num_kv_heads) // words) * words
     is_packed = can_pack(layout.num_kv_heads, head_dim, layout.dtype)
-    blocks = choose_blocks(layout, group, metadata)
+    blocks = choose_blocks(layout, group, q.dtype.itemsize, metadata)
     work = make_work(metadata, num_tokens, blocks.q_tokens, blocks.cores)
     config = KernelConfig(
         scale=scale,

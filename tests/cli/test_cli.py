@@ -93,6 +93,7 @@ EXAMPLES: dict[str, tuple[str, Any]] = {
     "batch_window_s": ("0.125", 0.125),
     "token_buckets": ("8,16", (8, 16)),
     "row_buckets": ("1,4", (1, 4)),
+    "bundle": ("/some/bundle", Path("/some/bundle")),
     "cache_dir": ("/some/folder", Path("/some/folder")),
 }
 

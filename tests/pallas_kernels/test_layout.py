@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxserve.pallas_kernels.layout import KVLayout, gather_pages, interleave, scatter_pages
+from jaxserve.pallas_kernels.layout import KVLayout, gather_pages, interleave, scatter_pages, unpacked
 
 
 def random_bits(shape: tuple[int, ...], seed: int) -> jax.Array:
@@ -24,6 +24,18 @@ def test_shape_and_size() -> None:
     assert layout.shape(10) == (10, 16, 6, 64)
     assert layout.bytes_per_page() == 16 * 6 * 64 * 2
     assert KVLayout.of(jnp.zeros(layout.shape(2), layout.dtype)) == layout
+
+
+def test_packed_is_the_same_bytes_in_another_shape() -> None:
+    plain = KVLayout(16, 3, 64, jnp.dtype("float32"))
+    packed = KVLayout(16, 3, 64, jnp.dtype("float32"), is_packed=True)
+    assert packed.shape(10) == (10, 16, 3, 128)
+    assert packed.bytes_per_page() == plain.bytes_per_page()
+    pages = random_bits(plain.shape(4), 0)
+    stored = pages.reshape(packed.shape(4))
+    np.testing.assert_array_equal(bits(unpacked(stored, 64)), bits(pages))
+    np.testing.assert_array_equal(bits(stored)[..., :64], bits(pages)[:, :, 0::2])  # keys
+    assert unpacked(pages, 64) is pages
 
 
 def test_keys_and_values_alternate() -> None:

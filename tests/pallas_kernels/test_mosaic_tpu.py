@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
+from jaxserve.pallas_kernels.layout import KVLayout
 from jaxserve.pallas_kernels.ragged_paged_attention import mosaic_tpu, mosaic_tpu_kernel
 from jaxserve.pallas_kernels.ragged_paged_attention.api import AttentionMetadata, ragged_paged_attention
 from jaxserve.pallas_kernels.ragged_paged_attention.arg_specs import CORRECTNESS_SPECS, ArgSpec
+from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_tpu_blocks import choose_blocks, scratch_bytes
 from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_tpu_work import make_work
 from tests.support import attention_oracle
 from tests.support.attention_inputs import make_step
@@ -253,6 +255,32 @@ def test_work_is_dealt_out_to_cores_evenly_by_kind(max_q_len: int) -> None:
 def test_a_refusal_says_what_and_why(shape: dict[str, int], dtype: str, message: str) -> None:
     with pytest.raises(NotImplementedError, match=message):
         attend(ArgSpec(name="refused", rows=((1, 3),), **shape), dtype)
+
+
+def plan(num_kv_heads: int, page_size: int = 128) -> tuple[KVLayout, Any]:
+    """A layout, and the metadata of a mixed step."""
+    layout = KVLayout(page_size, num_kv_heads, 128, jnp.dtype("bfloat16"))
+    ints = (jnp.zeros(size, jnp.int32) for size in ((8, 64), (8,), (9,)))
+    return layout, AttentionMetadata(*ints, max_q_len=2048)
+
+
+def test_query_blocks_shrink_until_they_fit() -> None:
+    """Counted by hand for 32 heads: 6 MiB of pages, 2 of keys and values, and 3 KiB a row."""
+    few = choose_blocks(plan(num_kv_heads=8)[0], 4, 2, plan(num_kv_heads=8)[1])
+    assert (few.q_tokens, few.kv_pages, few.depth) == (128, 4, 3)
+    layout, metadata = plan(num_kv_heads=32)
+    many = choose_blocks(layout, 2, 2, metadata)
+    assert (many.q_tokens, many.kv_pages, many.depth) == (128, 1, 3)
+    rows = 32 * 128 * 2
+    by_hand = 3 * 2 * 2**20 + rows * 128 * (5 * 2 + 3 * 4) + 2 * 2**20
+    assert scratch_bytes(layout, 2, 2, many) == by_hand <= 36 * 2**20
+    assert scratch_bytes(layout, 2, 2, dataclasses.replace(many, q_tokens=256)) > 36 * 2**20
+
+
+def test_pages_beyond_vector_memory_are_refused() -> None:
+    layout, metadata = plan(num_kv_heads=64, page_size=1024)
+    with pytest.raises(NotImplementedError, match=r"64 kv heads of 128 bfloat16, pages of 1024 tokens"):
+        choose_blocks(layout, 8, 2, metadata)
 
 
 def test_a_page_table_beyond_scalar_memory_is_refused() -> None:

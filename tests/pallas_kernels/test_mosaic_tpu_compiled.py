@@ -48,10 +48,11 @@ CLAIMED = [
 ]
 LLAMA_8B: dict[str, Any] = {"rows": 128, "max_pages": 1024, "q_heads": 32, "kv_heads": 8, "head_dim": 128}
 LLAMA_1B: dict[str, Any] = LLAMA_8B | {"head_dim": 64}
+LLAMA_8B_OF_8: dict[str, Any] = LLAMA_8B | {"q_heads": 4, "kv_heads": 1}
 SERVED = {
     "8b_decode": Shape(tokens=128, **LLAMA_8B),
     "8b_mixed": Shape(tokens=2048, **LLAMA_8B),
-    "8b_of_8_decode": Shape(tokens=128, **(LLAMA_8B | {"q_heads": 4, "kv_heads": 1})),
+    "8b_of_8_decode": Shape(tokens=128, **LLAMA_8B_OF_8),
     "1b_mixed": Shape(tokens=2048, **LLAMA_1B),
     "gemma2_mixed": Shape(
         tokens=512, q_heads=8, kv_heads=4, head_dim=256, sliding_window=4096, soft_cap=50.0
@@ -62,6 +63,7 @@ ODD = {
     "three_heads": Shape(tokens=64, q_heads=9, kv_heads=3),
     "float32_queries_of_one_head": Shape(tokens=64, q_heads=3, kv_heads=1, dtype="float32"),
     "small_pages": Shape(tokens=64, page_size=16, max_pages=64),
+    "many_heads": Shape(tokens=512, q_heads=32, kv_heads=32),  # query blocks are cut to fit
     "page_of_one": Shape(tokens=64, page_size=1, max_pages=64),
 }
 

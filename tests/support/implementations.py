@@ -59,6 +59,6 @@ def able_to_run(implementation: str) -> Generator[None]:
         yield
 
 
-def small_blocks(layout, group, metadata) -> Blocks:
+def small_blocks(layout, group, q_bytes, metadata) -> Blocks:
     """So small that every spec has many blocks, of keys and of queries, and the ring goes round."""
     return Blocks(kv_pages=2, q_tokens=min(8, metadata.max_q_len), depth=3)

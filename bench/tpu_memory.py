@@ -1,0 +1,73 @@
+"""What whole steps of a model need in a TPU's memory, with the pages that the engine would choose: not run.
+
+    python bench/tpu_memory.py --topology v6e:2x2 --output bench/results/tpu_memory.jsonl
+
+Compiles the decode step of 64 rows and the largest mixed step with every layer and the whole vocabulary,
+which takes minutes; CI compiles the same with two layers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from typing import Any
+
+from bench.results import Results, add_output_flag
+from bench.tpu_models import MODELS
+from jaxserve.config import EngineConfig, compile_without_devices
+
+compile_without_devices()
+
+from jaxserve.core.plan import Bucket  # noqa: E402
+from jaxserve.models.registry import find_family  # noqa: E402
+from jaxserve.platforms.tpu import Tpu, chip_of, topology_devices  # noqa: E402
+from jaxserve.runner.ahead_of_time import (  # noqa: E402
+    cache_shapes,
+    compile_steps,
+    plan_engine,
+    report_step,
+    timed,
+)
+
+_GIB = 2**30
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints two steps' memory; 1 if one does not fit."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--model", choices=tuple(MODELS), default="llama-3.1-8b")
+    parser.add_argument("--topology", default="v6e:2x2")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1)
+    parser.add_argument("--max-model-len", type=int, default=32768)
+    add_output_flag(parser)
+    args = parser.parse_args(argv)
+    hf: Any = MODELS[args.model]
+    config = EngineConfig.from_flat(
+        {"tensor_parallel_size": args.tensor_parallel_size, "max_model_len": args.max_model_len}
+    )
+    devices = topology_devices(args.topology)
+    planned, resolved = plan_engine(config, find_family(hf).config_from_hf(hf), devices, Tpu)
+    limit = chip_of(devices[0]).hbm_bytes
+    device = f"compiled, not run: {args.tensor_parallel_size} of {args.topology}"
+    results = Results("tpu_memory", device, args.output)
+    fits = True
+    for bucket in (Bucket(64, 64), Bucket(resolved.ladder.token_budget, resolved.ladder.mixed_rows)):
+        compile_one = functools.partial(compile_steps, config, planned, resolved, [bucket])
+        programs, seconds = timed(compile_one)
+        report = report_step(bucket, programs.step(bucket), cache_shapes(planned, resolved)[0], seconds)
+        case = f"{'decode' if bucket.is_decode else 'mixed'}_{bucket.tokens}"
+        more = {"model": args.model, "num_pages": resolved.num_pages, "limit_gib": round(limit / _GIB, 2)}
+        results.add(case, "arguments", report.argument_bytes / _GIB, "GiB", **more)
+        results.add(case, "temporaries", report.temporary_bytes / _GIB, "GiB", **more)
+        results.add(case, "written_in_place", report.aliased_bytes / _GIB, "GiB", **more)
+        results.add(case, "cache_copies", report.cache_copies, "instructions", **more)
+        results.add(case, "host_transfers", report.host_transfers, "instructions", **more)
+        results.add(case, "compile_s", seconds, "s", **more)
+        fits &= report.argument_bytes + report.temporary_bytes <= limit
+    return 0 if fits else 1
+
+
+if __name__ == "__main__":
+    main()
