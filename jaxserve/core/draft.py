@@ -33,14 +33,14 @@ class Draft:
         """
         rows, owners = self.rows, self.owners
         prefills: list[Request] = []
-        make_row = ScheduledRow._make
+        make_row, row_type = tuple.__new__, ScheduledRow  # a third of the time of the named constructor
         for request in running:
             end = request.num_tokens
             start = request.num_computed_tokens
             if end - start > 1:
                 prefills.append(request)
             elif end < request.max_num_tokens and end != start:  # else the last token is being sampled
-                rows.append(make_row((request.id, request.slot, start, 1, True)))
+                rows.append(make_row(row_type, (request.id, request.slot, start, 1, True)))
                 owners.append(request)
                 request.num_computed_tokens = end
                 request.num_tokens = end + 1

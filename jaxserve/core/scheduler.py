@@ -12,6 +12,7 @@ out to be finished is discarded.
 from __future__ import annotations
 
 from collections import deque
+from itertools import repeat
 from typing import NamedTuple, cast
 
 from jaxserve.core.buckets import BucketLadder
@@ -373,28 +374,32 @@ class Scheduler:
         """Takes the result of the oldest step in flight; returns what changed, in row order."""
         plan, owners = self._in_flight.popleft()
         updates: list[RequestUpdate] = []
-        make_update = RequestUpdate._make
-        finished, logprobs = RequestStatus.FINISHED, result.logprobs
-        for index, (row, request, token_id) in enumerate(
-            zip(plan.rows, owners, result.token_ids, strict=True)
+        make_update, update_type = (
+            tuple.__new__,
+            RequestUpdate,
+        )  # a third of the time of the named constructor
+        finished = RequestStatus.FINISHED
+        logprobs = repeat(None) if result.logprobs is None else result.logprobs
+        bad = [i in result.bad_rows for i in range(len(owners))] if result.bad_rows else repeat(False)
+        for row, request, token_id, row_logprobs, is_bad in zip(
+            plan.rows, owners, result.token_ids, logprobs, bad, strict=False
         ):
             request.num_steps_in_flight -= 1
             if not row[4] or request.status is finished:
                 continue  # a chunk in mid-prompt, or a row that turned out to be finished
-            if index in result.bad_rows:
+            if is_bad:
                 request.error = "the model produced logits that are not finite"
                 self._leave(request, FinishReason.ERROR, now)
                 updates.append(RequestUpdate(request, None, None, finished=True))
                 continue
             output = request.output_token_ids
             output.append(token_id)
+            ended = False
             if request.first_token_time is None:
                 request.first_token_time = now
-            row_logprobs = None if logprobs is None else logprobs[index]
-            ended = False
             if token_id in request.stop_token_ids or len(output) >= request.max_tokens:
                 ended = self._end_row(request, token_id, now)
-            updates.append(make_update((request, token_id, row_logprobs, ended)))
+            updates.append(make_update(update_type, (request, token_id, row_logprobs, ended)))
         if self._observers.want_tokens:
             self._observers.generated([u[0] for u in updates if u[1] is not None], now)
         self._release_batch(now)

@@ -109,11 +109,15 @@ def build_engine(config: EngineConfig, *, progress: bool = True) -> Engine:
         ConfigError, ModelNotFoundError, CheckpointError: before anything was started.
     """
     config = with_bundle(config)
-    model = load_model(config, progress=progress)
-    resolved, runner = make_runner(config, model, progress=progress)
     journals = Journals(config.scheduler)
-    prior = _device_prior(model, resolved.dtype)
-    core = make_core(config, resolved, runner, runner.prepare, prior=prior, journals=journals)
+    try:
+        model = load_model(config, progress=progress)
+        resolved, runner = make_runner(config, model, progress=progress)
+        prior = _device_prior(model, resolved.dtype)
+        core = make_core(config, resolved, runner, runner.prepare, prior=prior, journals=journals)
+    except BaseException:
+        journals.close()
+        raise
 
     def close() -> None:
         journals.close()

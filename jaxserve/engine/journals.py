@@ -19,7 +19,12 @@ class Journals:
     def __init__(self, config: SchedulerConfig) -> None:
         """Opens what the configuration names. Raises ConfigError for a file that cannot be written."""
         self._decisions = _open("decision_log", config.decision_log)
-        self._recording = _open("record", config.record)
+        try:
+            self._recording = _open("record", config.record)
+        except ConfigError:
+            if self._decisions is not None:
+                self._decisions.close()
+            raise
 
     def decision_log(self) -> DecisionLog | None:
         return None if self._decisions is None else DecisionLog(json_lines(self._decisions))

@@ -53,7 +53,6 @@ class Recorder:
                 "arrival": request.arrival_time,
                 "prompt_tokens": request.num_prompt_tokens,
                 "max_tokens": request.max_tokens,
-                "min_tokens": request.params.min_tokens,
                 "priority": request.priority,
                 "deadline": request.deadline,
                 "parent": request.parent_id,

@@ -28,8 +28,10 @@ class ShortestJobFirst:
     ``(its size - s) / gamma`` seconds.
 
     *Preemption* (limited): when no slot is free, the running request that is longest gives way to the head
-    of the queue, if it has not generated much of its prediction, is longer by a fifth of its size, and what
-    it has to compute again costs less than the difference.
+    of the queue, if it has not generated much of its prediction, is longer by a fifth of its size, and the
+    exchange pays. What the head gains is the wait for the next slot to become free: for exponential remaining
+    times ``1 / sum(1 / size)``, which is short where there are many slots. What it costs is the head's size,
+    by which the other is delayed, and the time to compute the other's pages again, for all that run.
 
     *Time slices*: a request that outgrows its upper quantile was taken for short by mistake. It is then as
     long as its slice, 512 output tokens doubling with each, and may be preempted once in each of them.
@@ -109,19 +111,23 @@ class ShortestJobFirst:
         if self._cap.is_promoted(head, now):
             return None  # its turn comes by arrival; nobody is thrown out for it
         size_s = self._size_s(head)
-        best, best_gain_s = None, 0.0
-        for request in running:
-            if not self._may_yield(request):
-                continue
-            own_s = self._size_s(request)
-            gain_s = own_s - size_s
-            if gain_s <= LEAST_GAIN * own_s or gain_s <= self._times.recompute_s(request):
-                continue
-            if gain_s > best_gain_s:
-                best, best_gain_s = request, gain_s
+        sizes = [self._size_s(request) for request in running]
+        slot_wait_s = 1.0 / sum([1.0 / own_s for own_s in sizes])
+        most_cost_s = slot_wait_s - size_s
+        if most_cost_s <= 0.0:
+            return None
+        best, longest_s = None, 0.0
+        for request, own_s in zip(running, sizes, strict=True):
+            is_longer = own_s > longest_s and own_s - size_s > LEAST_GAIN * own_s
+            if is_longer and self._cost_s(request, len(running)) < most_cost_s and self._may_yield(request):
+                best, longest_s = request, own_s
         if best is not None:
             self._yielded[best] = self._slices.get(best, 0)
         return best
+
+    def _cost_s(self, request: Request, num_running: int) -> float:
+        """What it costs to compute a request's pages once more: everybody waits for it."""
+        return self._times.recompute_s(request) * num_running
 
     def _may_yield(self, request: Request) -> bool:
         if request.num_computed_tokens < request.num_prompt_tokens:
