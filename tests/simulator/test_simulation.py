@@ -130,7 +130,7 @@ def test_static_batching_costs_what_the_article_says() -> None:
         for mode in ("static", "continuous")
     )
     ratio = continuous.metrics()["output_tok_s"][0] / static.metrics()["output_tok_s"][0]
-    assert ratio >= 1.6, "with 512 requests; the bench has the 1000 of the article"
+    assert ratio >= 1.5, "with 512 requests; the bench has the 1000 of the article"
 
 
 def test_preemption_under_little_memory_shows_in_counts_and_gaps() -> None:
