@@ -133,6 +133,7 @@ class Request:
     page_ids: list[int] = dataclasses.field(default_factory=list[int])
     predicted_output_tokens: float | None = None  # the median guess
     predicted_output_upper: float = math.inf  # exceeded by one in ten
+    next_limit: float = dataclasses.field(init=False)  # output tokens at which something must be looked at
     num_preemptions: int = 0
     first_scheduled_time: float | None = None
     first_token_time: float | None = None
@@ -141,6 +142,11 @@ class Request:
     def __post_init__(self) -> None:
         self.num_tokens = len(self.prompt_token_ids)
         self.max_num_tokens = self.num_tokens + self.max_tokens
+        self.note_limit()
+
+    def note_limit(self) -> None:
+        """Sets the output length at which the request ends or outgrows its prediction, whichever is first."""
+        self.next_limit = min(self.max_tokens, self.predicted_output_upper + 1)
 
     @property
     def num_prompt_tokens(self) -> int:

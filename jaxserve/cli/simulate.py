@@ -7,7 +7,6 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -18,7 +17,8 @@ from jaxserve.core.decision_log import DecisionLog, json_lines
 from jaxserve.core.policies.presets import policy_options
 from jaxserve.engine.recording import read_recording
 from jaxserve.errors import ConfigError
-from jaxserve.simulator.cluster import ClusterConfig, make_cluster
+from jaxserve.simulator.calibration import cluster_like
+from jaxserve.simulator.cluster import Cluster, ClusterConfig, make_cluster
 from jaxserve.simulator.replay import replay
 from jaxserve.simulator.simulation import SimulationOptions, SimulationResult, simulate
 from jaxserve.simulator.timeline import write_timeline
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
     label = ""
     for policy in arguments.policy.split(","):
         scheduler = _scheduler(arguments, policy)
-        cluster = make_cluster(ClusterConfig(**given(arguments, ClusterConfig)), scheduler)
+        cluster = _cluster(arguments, scheduler)
         label = cluster.label
         options = SimulationOptions(
             router=arguments.router,
@@ -75,6 +75,9 @@ def _parser() -> CommandParser:
     parser.add_argument("--trace", type=Path, metavar="FILE", help=".csv or .jsonl, plain or .gz")
     parser.add_argument(
         "--replay", type=Path, metavar="FILE", help="play a recording (--record) again and compare every plan"
+    )
+    parser.add_argument(
+        "--like", type=Path, metavar="FILE", help="an engine like a recorded one: its sizes, its step times"
     )
     parser.add_argument(
         "--policy",
@@ -132,8 +135,15 @@ def _scheduler(arguments: argparse.Namespace, policy: str) -> SchedulerConfig:
     return EngineConfig.from_flat(options).scheduler  # which checks them
 
 
+def _cluster(arguments: argparse.Namespace, scheduler: SchedulerConfig) -> Cluster:
+    if arguments.like is None:
+        return make_cluster(ClusterConfig(**given(arguments, ClusterConfig)), scheduler)
+    like = cluster_like(read_recording(arguments.like))
+    return dataclasses.replace(like, assembly=dataclasses.replace(like.assembly, scheduler=scheduler))
+
+
 def _simulate(
-    trace: list[TraceRequest], cluster: Any, options: SimulationOptions, arguments: argparse.Namespace
+    trace: list[TraceRequest], cluster: Cluster, options: SimulationOptions, arguments: argparse.Namespace
 ) -> SimulationResult:
     if arguments.decisions is None:
         return simulate(trace, cluster, options, jobs=arguments.jobs)

@@ -86,6 +86,7 @@ class Scheduler:
         self._in_flight: deque[tuple[StepPlan, list[Request]]] = deque()
         self._with_deadline: set[Request] = set()
         self._ended: list[RequestUpdate] = []  # ends that no step's result will report
+        self._outgrown: list[Request] = []  # longer than the upper quantile of their prediction
         self._step = 0
         self._num_preemptions = 0
         self._num_finished = 0
@@ -140,6 +141,11 @@ class Scheduler:
         """Updates of requests that ended outside of a step's result."""
         ended, self._ended = self._ended, []
         return ended
+
+    def take_outgrown(self) -> list[Request]:
+        """Requests that became longer than the upper quantile of their prediction since the last call."""
+        outgrown, self._outgrown = self._outgrown, []
+        return outgrown
 
     @property
     def has_work(self) -> bool:
@@ -397,7 +403,7 @@ class Scheduler:
             ended = False
             if request.first_token_time is None:
                 request.first_token_time = now
-            if token_id in request.stop_token_ids or len(output) >= request.max_tokens:
+            if token_id in request.stop_token_ids or len(output) >= request.next_limit:
                 ended = self._end_row(request, token_id, now)
             updates.append(make_update(update_type, (request, token_id, row_logprobs, ended)))
         if self._observers.want_tokens:
@@ -409,6 +415,8 @@ class Scheduler:
         """Ends a request if its newest token is its last; whether its caller may hear of the end now."""
         reason = _finish_reason(request, token_id)
         if reason is None:
+            if len(request.output_token_ids) > request.predicted_output_upper:
+                self._outgrown.append(request)
             return False
         if reason is FinishReason.STOP:
             request.stop_reason = token_id

@@ -13,7 +13,7 @@ from jaxserve.request import Request
 _SLACK = 64  # former entries that may be kept
 _ONLY_LANE = ""
 # Keys computed anew in one step, so that a long queue costs each step the same; the longest due come first.
-_MOST_REKEYS = 64
+_MOST_REKEYS = 32
 
 
 class _Membership(NamedTuple):

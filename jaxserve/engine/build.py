@@ -217,7 +217,7 @@ def make_core[Handle](
 
 def _device_prior(model: LoadedModel, dtype: str) -> StepCost:
     """Step times from the peaks of a device that is known, and the size of the model on it."""
-    profile = known_device(model.mesh.devices.flat[0].device_kind)
+    profile = known_device(model.placement.mesh.devices.flat[0].device_kind)
     if profile is None:
         return UnknownDevice()
     decoder = model.module.config
@@ -235,7 +235,7 @@ def _device_prior(model: LoadedModel, dtype: str) -> StepCost:
         hidden_size=decoder.hidden_size,
         bytes_per_value=jnp.dtype(dtype).itemsize,
     )
-    return Roofline(profile, shape, model.mesh.size)
+    return Roofline(profile, shape, model.placement.mesh.size)
 
 
 def make_engine(

@@ -85,8 +85,8 @@ class EngineCore[Handle]:
         self._scheduler.add(request, now)
 
     def _predict(self, request: Request) -> None:
-        prediction = self._predictor.predict(request)
-        request.predicted_output_tokens, request.predicted_output_upper = prediction
+        request.predicted_output_tokens, request.predicted_output_upper = self._predictor.predict(request)
+        request.note_limit()
 
     def end(
         self,
@@ -145,8 +145,8 @@ class EngineCore[Handle]:
         updates += self._scheduler.take_ended()
         finished = self.stats.finished
         for update in updates:
-            if update.finished and update.request.finish_reason is not None:
-                reason = update.request.finish_reason.value
+            if update[3] and update[0].finish_reason is not None:
+                reason = update[0].finish_reason.value
                 finished[reason] = finished.get(reason, 0) + 1
         return updates
 
@@ -169,15 +169,13 @@ class EngineCore[Handle]:
         bucket.mean_step_s += weight * (step_s - bucket.mean_step_s)
         if self._costs is not None:
             self._costs.observe(plan.bucket, features_of(plan), step_s)
-        num_output = len(updates)
-        for request, token_id, _, _ in updates:
-            if token_id is None:
-                num_output -= 1
-            elif request.finish_reason is FinishReason.STOP:
-                self._predictor.observe(request)
-            elif len(request.output_token_ids) > request.predicted_output_upper:
-                self._predict(request)
-                if self._recorder is not None:
-                    self._recorder.predicted_again(request)
-        stats.output_tokens += num_output
+        for update in updates:
+            if update[0].finish_reason is FinishReason.STOP:
+                self._predictor.observe(update[0])
+        for request in self._scheduler.take_outgrown():
+            self._predict(request)
+            if self._recorder is not None:
+                self._recorder.predicted_again(request)
+        num_bad = sum(update[1] is None for update in updates) if result.bad_rows else 0
+        stats.output_tokens += len(updates) - num_bad
         return step_s

@@ -9,8 +9,10 @@ from typing import Any
 from jaxserve.config import SchedulerConfig
 from jaxserve.core.assembly import Assembly
 from jaxserve.core.buckets import BucketLadder, default_decode_rows, default_mixed_tokens
+from jaxserve.core.cost_model import CostModel, StepCost
 from jaxserve.core.roofline import DeviceProfile, ModelShape, Roofline, device_profile, model_shape
 from jaxserve.errors import ConfigError
+from jaxserve.simulator.executor import StepTimes
 
 _CLUSTER = re.compile(r"(?:(\d+)x)?([\w.-]+)")
 _MEMORY_SHARE = 0.9
@@ -44,20 +46,16 @@ class Cluster:
 
     Attributes:
         assembly: of each engine's scheduler.
+        prior: of the cost model that its policies look at.
         times: of its steps.
+        label: what the numbers of this cluster are, in words.
     """
 
     num_engines: int
     assembly: Assembly
-    times: Roofline
-
-    @property
-    def label(self) -> str:
-        """What the numbers of this cluster are, in words."""
-        device = self.times.device
-        kind = "calibrated" if device.calibrated else "uncalibrated"
-        devices = f"{self.num_engines} x TP{self.times.num_devices} {device.name}"
-        return f"simulated ({kind}): {self.times.model.name} on {devices}"
+    prior: StepCost
+    times: StepTimes
+    label: str
 
 
 def make_cluster(config: ClusterConfig, scheduler: SchedulerConfig) -> Cluster:
@@ -91,7 +89,10 @@ def make_cluster(config: ClusterConfig, scheduler: SchedulerConfig) -> Cluster:
         watermark_pages=int(config.watermark * num_pages),
         max_queued_requests=2**31,
     )
-    return Cluster(count // each, assembly, Roofline(profile, shape, each))
+    roofline = Roofline(profile, shape, each)
+    kind = "calibrated" if profile.calibrated else "uncalibrated"
+    label = f"simulated ({kind}): {shape.name} on {count // each} x TP{each} {profile.name}"
+    return Cluster(count // each, assembly, roofline, CostModel(roofline), label)
 
 
 def _fewest_devices(profile: DeviceProfile, shape: ModelShape) -> int:

@@ -149,8 +149,8 @@ def _simulate_some(
     instances = {
         engine: Instance(
             cluster.assembly,
-            prior=cluster.times,
-            times=_RooflineTimes(cluster),
+            prior=cluster.prior,
+            times=cluster.times,
             lengths=lengths,
             predictor=predictor,
             pipeline_depth=options.pipeline_depth,
@@ -192,13 +192,6 @@ def _run(
         instance.add(make_request(str(index), row, max(_MOST_OUTPUT, row.output_tokens)))
     for instance in everyone:
         instance.run_until(math.inf)
-
-
-class _RooflineTimes:
-    """Step times straight from the roofline: those of the prior, that is, never refined."""
-
-    def __init__(self, cluster: Cluster) -> None:
-        self.predict = cluster.times.seconds
 
 
 def _make_predictor(options: SimulationOptions, lengths: dict[str, int]) -> LengthPredictor:

@@ -121,7 +121,7 @@ def test_queue_agrees_with_sorting_everything(seed: int) -> None:
             for name in alive:
                 script.keys[name] = rng.randint(0, 20)
             now += 1.0
-            for _ in range(1 + len(alive) // 64):
+            for _ in range(1 + len(alive) // 32):
                 queue.refresh(now)
             alive = {name: (request, queue._members[request].ticket) for name, (request, _) in alive.items()}
             tickets = queue._counter
@@ -154,7 +154,7 @@ def test_a_step_computes_a_bounded_number_of_keys_anew() -> None:
     queue.refresh(0.4)
     assert calls == 0
     queue.refresh(1.0)
-    assert calls == 64
+    assert calls == 32
 
 
 # ---------------------------------------------------------------------- spf, lpm
@@ -247,7 +247,7 @@ def test_two_clients_that_always_wait_get_the_same_service(ordering: str) -> Non
         clock.now += STEP_S
         if step % 50 == 49:
             totals = charged(executor)
-            worst = max(worst, abs(totals["flood"] - totals["calm"]))
+            worst = max(worst, abs(totals.get("flood", 0.0) - totals.get("calm", 0.0)))
     totals = charged(executor)
     bound = 2 * max(64.0, 2.0 * 8 * 60) if ordering == "fair" else 2 * 4096.0 + 2 * 960
     assert worst <= bound

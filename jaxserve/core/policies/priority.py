@@ -69,6 +69,7 @@ class ScoredPriority:
         self._page_occupancy = page_occupancy
         self.weights = weights
         self._counters = VirtualTokenCounters()
+        self._mean_service = 0.0
         self._sizes = _Percentile()
         self._volumes = _Percentile()
         self._factors: dict[Request, Factors] = {}
@@ -120,11 +121,10 @@ class ScoredPriority:
         return min(1.0, max(0.0, 1.0 - slack_s / max(allowance_s, 1e-9)))
 
     def _history(self, client: str) -> float:
-        counters = self._counters.counters
-        mean = sum(counters.values()) / len(counters) if counters else 0.0
+        mean = self._mean_service
         if mean <= 0.0:
             return 0.5
-        return min(1.0, max(0.0, 0.5 + (mean - counters.get(client, 0.0)) / (2.0 * mean)))
+        return min(1.0, max(0.0, 0.5 + (mean - self._counters.counters.get(client, 0.0)) / (2.0 * mean)))
 
     def _volume(self, request: Request, size_s: float) -> float:
         return size_s * (request.num_tokens + 0.5 * self._times.remaining_tokens(request))
@@ -143,6 +143,8 @@ class ScoredPriority:
 
     def generated(self, requests: Sequence[Request], now: float) -> None:
         self._counters.generated(requests, now)
+        counters = self._counters.counters.values()
+        self._mean_service = sum(counters) / max(len(counters), 1)
 
     def left(self, request: Request, now: float, *, was_waiting: bool) -> None:
         self._counters.left(request, now, was_waiting=was_waiting)
