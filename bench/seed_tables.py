@@ -1,8 +1,8 @@
 """The article's tables beside what was simulated, row by row: python bench/seed_tables.py --output FILE
 
 The article gives, for Llama-3-70B on 4 x H200 and 1,000 requests of 50 to 1,000 tokens, throughput and
-latency of a static server, of continuous batching, and of "smart" scheduling. Its latencies cannot be end-to-end: 525
-tokens in 0.4 s are 0.76 ms a token, and reading the weights once takes 7.35 ms on that machine. They are read
+latency of a static server, of continuous batching, and of "smart" scheduling. Its latencies cannot be end to
+end: 525 tokens in 0.4 s are 0.76 ms a token, and reading the weights once takes 7.35 ms there. They are read
 as times to the first token, under open-loop arrivals at the rate in the row.
 
 Each record says which machine, and whether it was measured, simulated or extrapolated: ``simulated`` is the

@@ -105,11 +105,16 @@ class SkipJoinFeedback:
     # ------------------------------------------------------------------ preemption
 
     def preempts(self, running: Sequence[Request], head: Request, now: float) -> Request | None:
-        """The running request of the lowest level, if that is below the head's and it is cheap to resume."""
-        level, quantum_s = self._levels[head], self.quantum_s(self._levels[head])
+        """The running request of the lowest level, if that is below the head's and it is cheap to resume.
+
+        FastServe swaps; here its pages are computed again, and everybody who runs waits for that: it must
+        take less than the head's quantum.
+        """
+        level = self._levels[head]
+        most_s = self.quantum_s(level) / len(running)
         lower = [
             request
             for request in running
-            if self._levels[request] > level and self._times.recompute_s(request) < quantum_s
+            if self._levels[request] > level and self._times.recompute_s(request) < most_s
         ]
         return max(lower, key=lambda request: self._levels[request], default=None)
