@@ -240,7 +240,7 @@ def test_bad_configurations_say_what_is_wrong(
 
 def test_clients_are_served_fairly_and_ids_are_checked(checkpoint: Path) -> None:
     """Twenty requests of one client wait when the other's come; in turns, those are not the last to start."""
-    options = OPTIONS | {"max_num_seqs": 1, "row_buckets": (1,), "ordering": "fair"}
+    options: dict[str, Any] = OPTIONS | {"max_num_seqs": 1, "row_buckets": (1,), "ordering": "fair"}
     with LLM(str(checkpoint), **options) as llm:
         params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
         make = llm.engine.inputs.from_prompt
