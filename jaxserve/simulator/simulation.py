@@ -35,6 +35,8 @@ class SimulationOptions:
         seed: of that noise.
         pipeline_depth: steps launched before their predecessor's result is read.
         host_s: seconds of the host's own work a step.
+        forces_lengths: requests end at their limit, as in benches that ignore end tokens; else with a stop
+            token, of which the scheduler learns a step late.
         learns: whether the policies' cost model learns from the steps; else it is right from the start.
         keep_steps: keep every step, for a timeline.
     """
@@ -45,6 +47,7 @@ class SimulationOptions:
     seed: int = 0
     pipeline_depth: int = 1
     host_s: float = 0.0
+    forces_lengths: bool = False
     learns: bool = False
     keep_steps: bool = False
 
@@ -189,7 +192,8 @@ def _run(
             for instance in everyone:
                 instance.run_until(row.arrival_s)
             instance = everyone[router.choose(index, everyone)]
-        instance.add(make_request(str(index), row, max(_MOST_OUTPUT, row.output_tokens)))
+        limit = row.output_tokens if options.forces_lengths else max(_MOST_OUTPUT, row.output_tokens)
+        instance.add(make_request(str(index), row, limit))
     for instance in everyone:
         instance.run_until(math.inf)
 

@@ -11,7 +11,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "static": {"batching": "static"},
     "dynamic": {"batching": "dynamic"},
     "latency": {"ordering": "sjf", "max_wait_s": 60.0},
-    "balanced": {"ordering": "sjf", "max_wait_s": 4.0},
+    "balanced": {"ordering": "sjf", "max_wait_s": 8.0},
 }
 
 
