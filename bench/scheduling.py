@@ -212,16 +212,15 @@ def wait_bound_s(result: SimulationResult, cap_s: float) -> float:
     """The longest wait that the cap permits: the cap, and the time to serve those promoted before.
 
     The promoted are served by arrival. So before a request that is promoted at ``t`` come only those that
-    were promoted earlier and still wait at ``t``; they start at the rate at which requests start.
+    were promoted earlier and still wait at ``t``. So many starts took at most this long in this run.
     """
-    starts = sorted(r.first_scheduled for r in result.requests)
-    rate = (len(starts) - 1) / (starts[-1] - starts[0])
     promoted = sorted((r.arrival + cap_s, r.first_scheduled) for r in result.requests)
     promoted = [(promotion, start) for promotion, start in promoted if start > promotion]
-    worst = 0
+    most_before = 0
     for index, (promotion, _) in enumerate(promoted):
-        worst = max(worst, sum(start > promotion for _, start in promoted[: index + 1]))
-    return cap_s + worst / rate
+        most_before = max(most_before, sum(start > promotion for _, start in promoted[: index + 1]))
+    starts = sorted(r.first_scheduled for r in result.requests)
+    return cap_s + max(b - a for a, b in zip(starts, starts[most_before:], strict=False))
 
 
 def ladder(bench: Bench) -> None:

@@ -29,7 +29,7 @@ def test_every_part_runs_small_and_says_what_machine_it_was(tmp_path: Path, caps
     assert worst["unchunked"] > worst["chunked-2048"] > worst["slo-25ms"]
     for case in ("sjf-8s", "sjf-60s", "mlfq", "priority"):
         stream = "short-stream-at-1.5"
-        assert values[case, stream, None, "wait_max_s"] <= values[case, stream, None, "wait_bound_s"] + 1.0
+        assert values[case, stream, None, "wait_max_s"] <= values[case, stream, None, "wait_bound_s"]
     assert any(name.endswith("-synthetic") for _, name, _, _ in values)
     capsys.readouterr()
 
