@@ -30,14 +30,13 @@ from tokenizers import decoders, models
 
 from bench.results import Results, add_output_flag, host_device, int_list
 from jaxserve.config import SchedulerConfig
+from jaxserve.core.assembly import Assembly, assemble
 from jaxserve.core.batch import StepBatch, prepare
 from jaxserve.core.buckets import BucketLadder, default_decode_rows, default_mixed_tokens
-from jaxserve.core.kv_cache_manager import KVCacheManager
-from jaxserve.core.page_pool import PagePool
+from jaxserve.core.cost_model import CostModel, UnknownDevice
 from jaxserve.core.plan import StepPlan, StepResult
-from jaxserve.core.policy import make_policies
 from jaxserve.core.predictor import MeanLengthPredictor
-from jaxserve.core.scheduler import RequestUpdate, Scheduler
+from jaxserve.core.scheduler import RequestUpdate
 from jaxserve.engine.engine_core import EngineCore
 from jaxserve.engine.input_processor import RequestGroup
 from jaxserve.engine.output_processor import OutputProcessor
@@ -85,16 +84,19 @@ class Bench:
         self._max_tokens = steps + _WARM_UP_STEPS + pipeline_depth + 2 + running
         pages = -(-(_PROMPT_TOKENS + page_size + self._max_tokens) // page_size)
         budget = running * (_PROMPT_TOKENS + page_size)
-        self.scheduler = Scheduler(
-            policies=make_policies(SchedulerConfig(), running),
-            kv=KVCacheManager(PagePool(1 + running * pages), page_size),
+        assembly = Assembly(
+            scheduler=SchedulerConfig(),
             ladder=BucketLadder(
                 default_decode_rows(running, 1), default_mixed_tokens(budget, running), running
             ),
             num_slots=running,
+            num_pages=1 + running * pages,
+            page_size=page_size,
             watermark_pages=0,
             max_queued_requests=running,
         )
+        self._costs = CostModel(UnknownDevice())
+        self.scheduler = assemble(assembly, self._costs)
         self.parts = {"schedule": Part(self.scheduler.schedule), "update": Part(self.scheduler.update)}
         self.parts["prepare"] = Part(functools.partial(prepare, num_slots=running))
         self._depth = pipeline_depth
@@ -132,6 +134,7 @@ class Bench:
             predictor=MeanLengthPredictor(),
             clock=time.monotonic,
             pipeline_depth=self._depth,
+            costs=self._costs,
         )
         for group in self._groups:
             self.outputs.add(group, streams=True)

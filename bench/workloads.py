@@ -7,17 +7,17 @@ Without them lengths and prompts are synthetic; a workload's name says which it 
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import gzip
 import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from bench.results import ROOT
 from jaxserve.errors import ConfigError
+from jaxserve.simulator.trace import TraceRequest, read_trace
 
 DEFAULT_TRACES = ROOT.parent / "shared" / "traces"
 CONVERSATION = "azure2023_conv"
@@ -35,14 +35,6 @@ class Encoder(Protocol):
     def vocab_size(self) -> int: ...
 
     def encode(self, text: str, /) -> list[int]: ...
-
-
-class Lengths(NamedTuple):
-    """One request of a trace."""
-
-    arrival_s: float
-    prompt_tokens: int
-    output_tokens: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -78,16 +70,6 @@ def find_traces(folder: Path | None) -> Path | None:
     if not folder.is_dir():
         raise ConfigError(f"traces={folder}: there is no such folder")
     return folder
-
-
-def read_trace(path: Path, most: int | None = None) -> list[Lengths]:
-    """The first ``most`` requests of a trace (default: all)."""
-    with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
-        rows = csv.DictReader(file)
-        return [
-            Lengths(float(row["arrival_s"]), int(row["prompt_tokens"]), int(row["output_tokens"]))
-            for row, _ in zip(rows, range(most if most is not None else 2**31), strict=False)
-        ]
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -176,16 +158,16 @@ def conversation_workload(
     return Workload("azure-conv" if is_real else "azure-conv-synthetic", items)
 
 
-def synthetic_trace(count: int, seed: int) -> list[Lengths]:
+def synthetic_trace(count: int, seed: int) -> list[TraceRequest]:
     """Poisson arrivals and log-normal lengths that resemble the Azure conversation trace."""
     rng = random.Random(seed)
 
     def draw(median: float, sigma: float, most: int) -> int:
         return max(1, min(most, round(median * rng.lognormvariate(0.0, sigma))))
 
-    now, rows = 0.0, list[Lengths]()
+    now, rows = 0.0, list[TraceRequest]()
     for _ in range(count):
-        rows.append(Lengths(now, draw(*_SYNTHETIC_PROMPT, 4096), draw(*_SYNTHETIC_OUTPUT, 800)))
+        rows.append(TraceRequest(now, draw(*_SYNTHETIC_PROMPT, 4096), draw(*_SYNTHETIC_OUTPUT, 800)))
         now += rng.expovariate(_SYNTHETIC_RATE)
     return rows
 

@@ -16,7 +16,9 @@ from jaxserve.errors import ConfigError
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Batching = Literal["continuous", "static", "dynamic"]
-Ordering = Literal["fcfs", "priority"]
+Ordering = Literal["fcfs", "priority", "strict_priority", "sjf", "mlfq", "fair", "lpm", "dlpm", "spf"]
+Composition = Literal["chunked", "slo", "phase", "partition"]
+Victim = Literal["auto", "latest", "least_urgent", "most_remaining"]
 Attention = Literal["auto", "reference", "xla", "mosaic_tpu"]
 Device = Literal["auto", "cpu", "gpu", "tpu"]
 
@@ -82,6 +84,8 @@ class SchedulerConfig:
         "continuous", "iteration-level (continuous), fixed batches (static), or windows (dynamic)"
     )
     ordering: Ordering = _option("fcfs", "order of the waiting queue")
+    composition: Composition = _option("chunked", "how much of a step goes to prompts")
+    victim: Victim = _option("auto", "who gives up its pages when none is left; auto goes with the ordering")
     max_num_seqs: int | None = _option(None, "slots: requests that run at once")
     max_num_batched_tokens: int | None = _option(None, "token budget of one step; longer prompts are chunked")
     pipeline_depth: int = _option(
@@ -89,6 +93,13 @@ class SchedulerConfig:
     )
     batch_window_s: float = _option(0.05, "dynamic batching: seconds to wait for a batch to fill")
     max_queued_requests: int = _option(4096, "waiting requests beyond which new ones are refused")
+    max_wait_s: float = _option(
+        8.0, "sjf, mlfq, priority, lpm: who has waited so long goes first (7.5 times that for priority > 0)"
+    )
+    ttft_slo_s: float = _option(1.0, "priority, phase: objective for the time to the first token")
+    tpot_slo_s: float = _option(0.05, "slo, phase: objective for the time between tokens")
+    decision_log: str | None = _option(None, "file for JSON lines that say why requests run when they run")
+    record: str | None = _option(None, "file for a recording that `jaxserve simulate --replay` plays again")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,6 +202,8 @@ def check(config: EngineConfig) -> None:
     _require_choice("dtype", model.dtype, get_args(DType))
     _require_choice("batching", scheduler.batching, get_args(Batching))
     _require_choice("ordering", scheduler.ordering, get_args(Ordering))
+    _require_choice("composition", scheduler.composition, get_args(Composition))
+    _require_choice("victim", scheduler.victim, get_args(Victim))
     _require_choice("attention", runner.attention, get_args(Attention))
     _require_choice("device", runner.device, get_args(Device))
     _require(
@@ -231,6 +244,14 @@ def check(config: EngineConfig) -> None:
         scheduler.batch_window_s,
         "must be in [0, 3600]",
     )
+    for name, seconds in (
+        ("max_wait_s", scheduler.max_wait_s),
+        ("ttft_slo_s", scheduler.ttft_slo_s),
+        ("tpot_slo_s", scheduler.tpot_slo_s),
+    ):
+        _require(_is_number(seconds) and 0.0 < seconds <= 86400.0, name, seconds, "must be in (0, 86400]")
+    for name, file in (("decision_log", scheduler.decision_log), ("record", scheduler.record)):
+        _require(file is None or (isinstance(file, str) and bool(file)), name, file, "must be a file's path")
     for name, ladder in (("token_buckets", runner.token_buckets), ("row_buckets", runner.row_buckets)):
         good = ladder is None or (
             isinstance(ladder, tuple | list)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 from collections.abc import Mapping, Sequence
 
 from jaxserve import validation
@@ -117,6 +118,7 @@ class Request:
     priority: int = 0  # lower runs earlier
     deadline: float | None = None  # on the engine's clock
     parent_id: str | None = None  # the sibling whose prompt pages may be shared (n > 1)
+    client: str = ""  # whose it is, for fair orderings; an opaque id
 
     status: RequestStatus = RequestStatus.WAITING
     finish_reason: FinishReason | None = None
@@ -124,15 +126,27 @@ class Request:
     error: str | None = None
     output_token_ids: list[int] = dataclasses.field(default_factory=list[int])
     num_computed_tokens: int = 0
-    num_pending_tokens: int = 0  # sampled by steps in flight, values not yet known
+    num_tokens: int = dataclasses.field(init=False)  # those being sampled by steps in flight included
+    max_num_tokens: int = dataclasses.field(init=False)  # prompt + max_tokens
     num_steps_in_flight: int = 0
     slot: int | None = None
     page_ids: list[int] = dataclasses.field(default_factory=list[int])
-    predicted_output_tokens: float | None = None
+    predicted_output_tokens: float | None = None  # the median guess
+    predicted_output_upper: float = math.inf  # exceeded by one in ten
+    next_limit: float = dataclasses.field(init=False)  # output tokens at which something must be looked at
     num_preemptions: int = 0
     first_scheduled_time: float | None = None
     first_token_time: float | None = None
     finish_time: float | None = None
+
+    def __post_init__(self) -> None:
+        self.num_tokens = len(self.prompt_token_ids)
+        self.max_num_tokens = self.num_tokens + self.max_tokens
+        self.note_limit()
+
+    def note_limit(self) -> None:
+        """Sets the output length at which the request ends or outgrows its prediction, whichever is first."""
+        self.next_limit = min(self.max_tokens, self.predicted_output_upper + 1)
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -144,9 +158,9 @@ class Request:
         return len(self.prompt_token_ids) + len(self.output_token_ids)
 
     @property
-    def num_tokens(self) -> int:
-        """All tokens, those being sampled by steps in flight included."""
-        return len(self.prompt_token_ids) + len(self.output_token_ids) + self.num_pending_tokens
+    def num_pending_tokens(self) -> int:
+        """Tokens being sampled by steps in flight: their values are not yet known."""
+        return self.num_tokens - self.num_known_tokens
 
     @property
     def is_finished(self) -> bool:

@@ -165,6 +165,12 @@ def check_priority(priority: object) -> None:
     _check_int("priority", priority, -(2**31), 2**31 - 1)
 
 
+def check_client(client: object) -> None:
+    """A client is an opaque id, or empty for nobody in particular. Raises ValidationError."""
+    if not isinstance(client, str) or (client and not REQUEST_ID.fullmatch(client)):
+        raise ValidationError("client", client, "must be empty or 1 to 128 characters of A-Z a-z 0-9 _ . : -")
+
+
 def check_timeout(timeout_s: object) -> None:
     """A timeout is a positive, finite number of seconds, or None. Raises ValidationError."""
     if timeout_s is not None:

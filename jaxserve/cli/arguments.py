@@ -95,10 +95,12 @@ def engine_options(arguments: argparse.Namespace, without: Collection[str] = ())
     return {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
 
 
-def add_dataclass_flags(parser: CommandParser, kind: type, title: str) -> None:
+def add_dataclass_flags(parser: CommandParser, kind: type, title: str, without: Collection[str] = ()) -> None:
     """One flag for each field of a dataclass whose fields have ``help`` metadata."""
     group, hints = parser.add_argument_group(title), get_type_hints(kind)
     for field in dataclasses.fields(kind):
+        if field.name in without:
+            continue
         _add_flag(group, field, hints[field.name], field.metadata["help"])
 
 

@@ -17,6 +17,7 @@ class KVCacheManager:
 
     def __init__(self, pool: PagePool, page_size: int) -> None:
         self._pool = pool
+        self._owners: dict[str, Request] = {}
         self.page_size = page_size
 
     @property
@@ -30,6 +31,19 @@ class KVCacheManager:
     @property
     def num_usable(self) -> int:
         return self._pool.num_usable
+
+    @property
+    def occupancy(self) -> float:
+        """Share of the pages in use."""
+        return self._pool.num_used / self._pool.num_usable
+
+    def matched_tokens(self, request: Request) -> int:
+        """Leading prompt tokens that a waiting request would not have to compute: those of a sibling."""
+        parent = self._owners.get(request.parent_id) if request.parent_id is not None else None
+        if parent is None:
+            return 0
+        shareable = self.shareable_tokens(request.num_prompt_tokens)
+        return shareable if parent.num_computed_tokens >= shareable else 0
 
     def pages_for(self, num_tokens: int) -> int:
         """Pages that hold ``num_tokens`` tokens."""
@@ -46,6 +60,7 @@ class KVCacheManager:
         """
         missing = self.missing_pages(request, num_tokens)
         if missing:
+            self._owners[request.id] = request
             request.page_ids += self._pool.allocate(missing)
         return missing
 
@@ -64,6 +79,7 @@ class KVCacheManager:
 
     def free(self, request: Request) -> None:
         """Gives back every page of a request."""
+        self._owners.pop(request.id, None)
         self._pool.release(request.page_ids)
         request.page_ids = []
 

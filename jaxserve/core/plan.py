@@ -7,6 +7,8 @@ compared (`docs/structure.md`). Nothing here imports jax.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from typing import NamedTuple
 
 from jaxserve.request import SamplingParams
@@ -99,7 +101,21 @@ class StepPlan:
 
     @property
     def num_tokens(self) -> int:
-        return sum(row.num_tokens for row in self.rows)
+        return len(self.rows) if self.bucket.is_decode else sum([row[3] for row in self.rows])
+
+
+def plan_digest(plan: StepPlan) -> str:
+    """16 hexadecimal digits of all that a plan decides; contents (token ids, sampling) are left out."""
+    decided = (
+        plan.step,
+        plan.rows,
+        plan.bucket,
+        [(a.request_id, a.slot, len(a.token_ids), a.page_ids) for a in plan.admissions],
+        plan.page_updates,
+        plan.preempted_ids,
+        plan.num_held_slots,
+    )
+    return hashlib.blake2b(json.dumps(decided).encode(), digest_size=8).hexdigest()
 
 
 class TopLogprobs(NamedTuple):

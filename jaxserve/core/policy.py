@@ -1,18 +1,47 @@
 """The scheduler's four decisions, each behind a small interface: order, admission, composition, victim.
 
-A policy is pure: it sees requests and a view, and returns a decision. Adding one is a class here and a line
-in its dictionary; flags, engine and tests read the dictionaries.
+A policy sees requests and views, and returns a decision; what it remembers it learnt from the events that it
+asks for. Nothing here reads a clock, draws a random number or keeps a global: a plan is a function of state,
+time and configuration, and a recorded run replays exactly. The policies themselves are files in
+`jaxserve/core/policies`, found by name in `registry.py` there.
+
+Capabilities beyond the four interfaces are small protocols of their own (`ChangingKeys`, `LanedOrdering`,
+`RankingPrefills`, `Preempting`, `RequestObserver`, `TokenObserver`, `Explaining`); a policy has one by having
+its methods.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol, final
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from jaxserve.config import SchedulerConfig
+from jaxserve.core.cost_model import CostModel
 from jaxserve.request import Request
 
 type SortKey = tuple[float, ...]
+
+
+class PolicyContext(NamedTuple):
+    """What a policy may be made from.
+
+    Attributes:
+        config: the scheduler's options.
+        num_slots: requests that run at once.
+        token_budget: most tokens of one step.
+        chunk_sizes: token counts of the compiled shapes for steps with prefill, increasing.
+        costs: what steps cost; refined while the engine runs.
+        matched_tokens: leading prompt tokens of a request that are in the cache already.
+        page_occupancy: share of the KV pages in use.
+    """
+
+    config: SchedulerConfig
+    num_slots: int
+    token_budget: int
+    chunk_sizes: tuple[int, ...]
+    costs: CostModel
+    matched_tokens: Callable[[Request], int]
+    page_occupancy: Callable[[], float]
 
 
 class QueueView(NamedTuple):
@@ -36,11 +65,108 @@ class QueueView(NamedTuple):
     num_free_slots: int
 
 
+class StepView(NamedTuple):
+    """What composition may look at, when the decodes of a step are planned and its prefill is not.
+
+    Attributes:
+        now: the time of this decision, in seconds on the engine's clock.
+        decodes: the requests that decode one token in this step.
+        budget_left: tokens that the step can still hold.
+        prefill_context: tokens computed already of the prompt that is next.
+        partial_tokens: prompt tokens that running requests still lack.
+        waiting_tokens: tokens of all waiting requests.
+        page_occupancy: share of the KV pages in use.
+    """
+
+    now: float
+    decodes: Sequence[Request]
+    budget_left: int
+    prefill_context: int
+    partial_tokens: int
+    waiting_tokens: int
+    page_occupancy: float
+
+
 class OrderingPolicy(Protocol):
     """In which order waiting requests are considered."""
 
-    def key(self, request: Request) -> SortKey:
+    def key(self, request: Request, now: float) -> SortKey:
         """Smaller runs earlier; computed when the request joins the queue."""
+        ...
+
+
+@runtime_checkable
+class ChangingKeys(Protocol):
+    """An ordering whose keys change while requests wait."""
+
+    def key_until(self, request: Request, now: float) -> float:
+        """Until when (seconds) the key computed at ``now`` holds; ``math.inf`` for ever."""
+        ...
+
+
+@runtime_checkable
+class LanedOrdering(Protocol):
+    """An ordering with a lane for each client: first the lanes are compared, then the keys of their heads."""
+
+    def lane(self, request: Request) -> str:
+        """The lane that a request joins."""
+        ...
+
+    def lane_key(self, lane: str) -> float:
+        """Smaller runs earlier. While a lane has members its key must not fall."""
+        ...
+
+
+@runtime_checkable
+class RankingPrefills(Protocol):
+    """An ordering that also says which prompt a step's chunk goes to; otherwise who began first goes on."""
+
+    def rank(self, request: Request) -> float:
+        """Smaller first, among running prompts that are partly computed and the head of the queue."""
+        ...
+
+
+@runtime_checkable
+class Preempting(Protocol):
+    """An ordering that may take a slot from a running request for the head of the queue."""
+
+    def preempts(self, running: Sequence[Request], head: Request, now: float) -> Request | None:
+        """Who must make room for ``head``, or None; asked now and then while no slot is free."""
+        ...
+
+
+@runtime_checkable
+class RequestObserver(Protocol):
+    """A policy that is told what becomes of requests."""
+
+    def queued(self, request: Request, now: float) -> None:
+        """It joins the queue, for the first time or preempted; told before its key is asked for."""
+        ...
+
+    def admitted(self, request: Request, now: float) -> None:
+        """It left the queue for a slot."""
+        ...
+
+    def left(self, request: Request, now: float, *, was_waiting: bool) -> None:
+        """It finished, or was ended while it waited."""
+        ...
+
+
+@runtime_checkable
+class TokenObserver(Protocol):
+    """A policy that is told of every token."""
+
+    def generated(self, requests: Sequence[Request], now: float) -> None:
+        """Each of them got one more output token, its last perhaps; called once a step, after ``left``."""
+        ...
+
+
+@runtime_checkable
+class Explaining(Protocol):
+    """An ordering that can say why a request stands where it stands."""
+
+    def factors(self, request: Request) -> Mapping[str, float]:
+        """What went into its last key, by name, for the decision log."""
         ...
 
 
@@ -58,10 +184,10 @@ class AdmissionPolicy(Protocol):
 
 
 class CompositionPolicy(Protocol):
-    """How the token budget of a step is spent on prefill; decodes come first and are never paused."""
+    """How much of a step's token budget goes to prompts; decodes come first and are never paused."""
 
-    def chunk(self, remaining: int, budget_left: int) -> int:
-        """Tokens to compute now of a prompt that lacks ``remaining``; 0 ends the step's prefill."""
+    def prefill_tokens(self, view: StepView) -> int:
+        """Most prompt tokens that this step may compute; asked only if there are some."""
         ...
 
 
@@ -73,94 +199,6 @@ class VictimPolicy(Protocol):
         ...
 
 
-@final
-class FirstComeFirstServed:
-    """By arrival, ties by id: deterministic for recorded runs."""
-
-    def key(self, request: Request) -> SortKey:
-        return (request.arrival_time,)
-
-
-@final
-class PriorityOrder:
-    """By the request's priority (lower first), then by arrival."""
-
-    def key(self, request: Request) -> SortKey:
-        return (request.priority, request.arrival_time)
-
-
-@final
-class ContinuousAdmission:
-    """Iteration-level batching (Orca, section 3.1): a slot that is free may be taken in any step."""
-
-    holds_slots = False
-
-    def quota(self, view: QueueView) -> int:
-        return view.num_free_slots
-
-
-@final
-class StaticAdmission:
-    """Fixed batches: the next one starts when the last is done and either all slots can be filled or nobody
-    has arrived for ``idle_s`` seconds, so that the tail of a workload is not kept waiting for ever.
-    """
-
-    holds_slots = True
-
-    def __init__(self, batch_size: int, idle_s: float) -> None:
-        self._batch_size = batch_size
-        self._idle_s = idle_s
-
-    def quota(self, view: QueueView) -> int:
-        if view.num_running or view.num_held:
-            return 0
-        is_full = view.num_waiting >= self._batch_size
-        return self._batch_size if is_full or view.now - view.newest_arrival >= self._idle_s else 0
-
-
-@final
-class DynamicAdmission:
-    """Request-level batches formed on arrival (Triton's dynamic batcher): a batch starts when it is full or
-    its oldest request has waited ``window_s`` seconds, and then runs to its end.
-    """
-
-    holds_slots = True
-
-    def __init__(self, batch_size: int, window_s: float) -> None:
-        self._batch_size = batch_size
-        self._window_s = window_s
-
-    def quota(self, view: QueueView) -> int:
-        if view.num_running or view.num_held:
-            return 0
-        is_due = view.num_waiting >= self._batch_size or view.now - view.oldest_arrival >= self._window_s
-        return self._batch_size if is_due else 0
-
-
-@final
-class ChunkedPrefill:
-    """Stall-free batching (Sarathi-Serve, section 4.2): prompts take what the decodes leave of the budget."""
-
-    def chunk(self, remaining: int, budget_left: int) -> int:
-        return min(remaining, budget_left)
-
-
-@final
-class LatestVictim:
-    """Whoever joined last: the least work is lost, and the oldest always makes progress."""
-
-    def choose(self, running: Sequence[Request]) -> Request:
-        return running[-1]
-
-
-@final
-class LeastUrgentVictim:
-    """Of those with the worst priority, whoever joined last."""
-
-    def choose(self, running: Sequence[Request]) -> Request:
-        return max(reversed(running), key=lambda request: request.priority)
-
-
 class Policies(NamedTuple):
     """One choice of each kind."""
 
@@ -168,28 +206,3 @@ class Policies(NamedTuple):
     admission: AdmissionPolicy
     composition: CompositionPolicy
     victim: VictimPolicy
-
-
-ORDERINGS: dict[str, Callable[[], OrderingPolicy]] = {
-    "fcfs": FirstComeFirstServed,
-    "priority": PriorityOrder,
-}
-# Orderings for which the latest is the wrong victim: they would preempt whom they have just admitted.
-VICTIMS: dict[str, Callable[[], VictimPolicy]] = {
-    "priority": LeastUrgentVictim,
-}
-ADMISSIONS: dict[str, Callable[[int, float], AdmissionPolicy]] = {
-    "continuous": lambda batch_size, window_s: ContinuousAdmission(),
-    "static": StaticAdmission,
-    "dynamic": DynamicAdmission,
-}
-
-
-def make_policies(config: SchedulerConfig, num_slots: int) -> Policies:
-    """The policies that a configuration names."""
-    return Policies(
-        ordering=ORDERINGS[config.ordering](),
-        admission=ADMISSIONS[config.batching](num_slots, config.batch_window_s),
-        composition=ChunkedPrefill(),
-        victim=VICTIMS.get(config.ordering, LatestVictim)(),
-    )

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Protocol, final
+import math
+from typing import NamedTuple, Protocol, final
 
 from jaxserve.request import Request
+
+
+class LengthPrediction(NamedTuple):
+    """Quantiles of the whole output's length, in tokens, given what was generated so far."""
+
+    median: float
+    upper: float  # exceeded by one request in ten
 
 
 class LengthPredictor(Protocol):
     """Guesses how many tokens a request will output, and learns from those that finished."""
 
-    def predict(self, request: Request) -> float:
-        """Expected output tokens, between 1 and ``request.max_tokens``."""
+    def predict(self, request: Request) -> LengthPrediction:
+        """Called when a request joins, and again when it has outgrown its upper quantile."""
         ...
 
     def observe(self, request: Request) -> None:
@@ -19,23 +27,30 @@ class LengthPredictor(Protocol):
         ...
 
 
+def within_limits(request: Request, median: float, upper: float) -> LengthPrediction:
+    """Clips quantiles to what is possible: more than was generated, at most the request's own limit."""
+    least, most = len(request.output_token_ids) + 1.0, float(request.max_tokens)
+    median = min(max(median, least), most)
+    return LengthPrediction(median, min(max(upper, median), most))
+
+
 @final
 class MeanLengthPredictor:
     """The running mean of finished output lengths, clipped to the request's own limit.
 
     The baseline that every learned predictor has to beat. Before the first observation it predicts the limit.
+    Its upper quantile assumes that lengths are exponential: the tenth that is longest starts at ln 10 means.
     """
 
     def __init__(self, weight: float = 0.02) -> None:
         self._weight = weight
         self._mean: float | None = None
 
-    def predict(self, request: Request) -> float:
-        return (
-            float(request.max_tokens)
-            if self._mean is None
-            else min(max(self._mean, 1.0), float(request.max_tokens))
-        )
+    def predict(self, request: Request) -> LengthPrediction:
+        if self._mean is None:
+            return within_limits(request, request.max_tokens, request.max_tokens)
+        generated = len(request.output_token_ids)  # exponential lengths have no memory
+        return within_limits(request, generated + self._mean, generated + math.log(10) * self._mean)
 
     def observe(self, request: Request) -> None:
         length = len(request.output_token_ids)

@@ -11,17 +11,23 @@ out to be finished is discarded.
 
 from __future__ import annotations
 
-import dataclasses
 from collections import deque
+from itertools import repeat
 from typing import NamedTuple, cast
 
 from jaxserve.core.buckets import BucketLadder
+from jaxserve.core.decision_log import DecisionLog
+from jaxserve.core.draft import Draft
 from jaxserve.core.kv_cache_manager import KVCacheManager
-from jaxserve.core.plan import Admission, PageUpdate, ScheduledRow, StepPlan, StepResult, TopLogprobs
-from jaxserve.core.policy import Policies, QueueView
+from jaxserve.core.observers import Observers
+from jaxserve.core.plan import Admission, PageUpdate, StepPlan, StepResult, TopLogprobs
+from jaxserve.core.policy import Explaining, Policies, Preempting, QueueView, RankingPrefills, StepView
 from jaxserve.core.waiting_queue import WaitingQueue
 from jaxserve.errors import DuplicateRequestError, QueueFullError
 from jaxserve.request import FinishReason, Request, RequestStatus
+
+# A slot is taken from a running request in every so many steps at most: the search looks at all of them.
+_PREEMPTION_INTERVAL = 8
 
 
 class RequestUpdate(NamedTuple):
@@ -60,8 +66,13 @@ class Scheduler:
         num_slots: int,
         watermark_pages: int,
         max_queued_requests: int,
+        decision_log: DecisionLog | None = None,
     ) -> None:
         self._policies = policies
+        self._observers = Observers(policies)
+        self._preempting = policies.ordering if isinstance(policies.ordering, Preempting) else None
+        self._ranking = policies.ordering if isinstance(policies.ordering, RankingPrefills) else None
+        self._log = decision_log
         self._kv = kv
         self._ladder = ladder
         self._watermark_pages = watermark_pages
@@ -75,13 +86,14 @@ class Scheduler:
         self._in_flight: deque[tuple[StepPlan, list[Request]]] = deque()
         self._with_deadline: set[Request] = set()
         self._ended: list[RequestUpdate] = []  # ends that no step's result will report
+        self._outgrown: list[Request] = []  # longer than the upper quantile of their prediction
         self._step = 0
         self._num_preemptions = 0
         self._num_finished = 0
 
     # ------------------------------------------------------------------ requests come and go
 
-    def add(self, request: Request) -> None:
+    def add(self, request: Request, now: float) -> None:
         """Queues a request.
 
         Raises:
@@ -93,7 +105,7 @@ class Scheduler:
         if len(self._waiting) >= self._max_queued_requests:
             raise QueueFullError(f"{len(self._waiting)} requests are waiting (max_queued_requests)")
         self._live[request.id] = request
-        self._waiting.push(request)
+        self._enqueue(request, now)
         if request.deadline is not None:
             self._with_deadline.add(request)
 
@@ -130,6 +142,11 @@ class Scheduler:
         ended, self._ended = self._ended, []
         return ended
 
+    def take_outgrown(self) -> list[Request]:
+        """Requests that became longer than the upper quantile of their prediction since the last call."""
+        outgrown, self._outgrown = self._outgrown, []
+        return outgrown
+
     @property
     def has_work(self) -> bool:
         """Whether any request is alive or any result is due."""
@@ -154,22 +171,26 @@ class Scheduler:
 
     def schedule(self, now: float) -> StepPlan | None:
         """Plans the next step, or returns None if nothing can run before a result or an arrival comes."""
-        self._expire(now)
-        draft = _Draft(budget=self._ladder.token_budget)
-        self._grow_decodes(draft)
+        if self._with_deadline:
+            self._expire(now)
+        draft = Draft(budget=self._ladder.token_budget)
+        self._grow_decodes(now, draft)
         self._release_batch(now)  # a batch whose last running member was preempted is over, too
-        self._plan_running(draft)
         if self._waiting:
-            self._admit(now, draft)
+            self._waiting.refresh(now)
+            if self._preempting is not None and not self._free_slots:
+                self._make_room(self._preempting, now, draft)
+        prefills = draft.plan_decodes(self._running)
+        if prefills or self._waiting:
+            self._plan_prefills(prefills, now, draft)
         if not draft.rows:
             return None
-        num_tokens = self._ladder.token_budget - draft.budget
         num_rows = len(draft.rows)
         plan = StepPlan(
             step=self._step,
             rows=tuple(draft.rows),
             bucket=self._ladder.choose(
-                num_tokens, num_rows + len(self._held), is_decode=num_tokens == num_rows
+                draft.num_tokens, num_rows + len(self._held), is_decode=draft.num_tokens == num_rows
             ),
             admissions=tuple(draft.admissions),
             page_updates=tuple(draft.page_updates),
@@ -180,61 +201,91 @@ class Scheduler:
         self._in_flight.append((plan, draft.owners))
         return plan
 
-    def _grow_decodes(self, draft: _Draft) -> None:
+    def _grow_decodes(self, now: float, draft: Draft) -> None:
         """Gives each running request the page of its next token, taking a victim's pages if none is left."""
         page_size = self._kv.page_size
         for request in [r for r in self._running if r.num_tokens > len(r.page_ids) * page_size]:
             if request.status is not RequestStatus.RUNNING or not _may_decode(request):
                 continue
             while self._kv.num_free == 0 and request.status is RequestStatus.RUNNING:
-                self._preempt(self._policies.victim.choose(self._running), draft)
+                self._preempt(self._policies.victim.choose(self._running), now, draft)
             if request.status is RequestStatus.RUNNING:
                 self._kv.grow(request, request.num_tokens)
                 draft.page_updates.append(
                     PageUpdate(cast(int, request.slot), len(request.page_ids) - 1, request.page_ids[-1])
                 )
 
-    def _plan_running(self, draft: _Draft) -> None:
-        """One token for each decode, and then the next chunks of prompts that are partly computed."""
-        prefills: list[Request] = []
-        for request in self._running:
-            remaining = request.num_tokens - request.num_computed_tokens
-            if remaining == 1:
-                if _may_decode(request):
-                    draft.plan_row(request, 1)
-            elif remaining > 1:
-                prefills.append(request)
-        for request in prefills:
-            chunk = self._policies.composition.chunk(
-                request.num_tokens - request.num_computed_tokens, draft.budget
-            )
-            if chunk == 0:
-                break
-            draft.plan_row(request, chunk)
+    def _make_room(self, ordering: Preempting, now: float, draft: Draft) -> None:
+        """Lets the ordering take a slot from a running request for the head of the queue."""
+        if self._step % _PREEMPTION_INTERVAL or self._policies.admission.holds_slots:
+            return
+        head = self._waiting.peek()
+        if head is not None and head.num_steps_in_flight == 0:
+            victim = ordering.preempts(self._running, head, now)
+            if victim is not None:
+                self._preempt(victim, now, draft, for_id=head.id)
 
-    def _admit(self, now: float, draft: _Draft) -> None:
-        """Moves requests from the queue into slots, in order, until one does not fit: nobody is overtaken."""
+    def _plan_prefills(self, prefills: list[Request], now: float, draft: Draft) -> None:
+        """The next chunks of prompts that are partly computed, and then those of new requests."""
         # A batch that starts together must not be cut short by one step's budget: prompts for which none is
         # left take their slots now and are computed in the next steps.
+        if not self._policies.admission.holds_slots:
+            draft.budget = self._granted_tokens(prefills, now, draft)
+        if self._ranking is not None and prefills:
+            prefills.sort(key=self._ranking.rank)
+            if self._waiting:
+                self._admit(now, draft, ahead_of=self._ranking.rank(prefills[0]))
+        for request in prefills:
+            if draft.budget <= 0:
+                break
+            draft.plan_chunk(request, min(request.num_tokens - request.num_computed_tokens, draft.budget))
+        if self._waiting:
+            self._admit(now, draft)
+
+    def _granted_tokens(self, prefills: list[Request], now: float, draft: Draft) -> int:
+        """How many prompt tokens the composition lets into this step."""
+        if not prefills and not self._free_slots:
+            return draft.budget  # nobody can use any
+        view = StepView(
+            now=now,
+            decodes=draft.owners,
+            budget_left=draft.budget,
+            prefill_context=prefills[0].num_computed_tokens if prefills else 0,
+            partial_tokens=sum([r.num_tokens - r.num_computed_tokens for r in prefills]),
+            waiting_tokens=self._waiting.num_tokens,
+            page_occupancy=self._kv.occupancy,
+        )
+        granted = min(self._policies.composition.prefill_tokens(view), draft.budget)
+        if self._log is not None:
+            self._log.composed(
+                self._step, now, decodes=len(draft.owners), granted=granted, budget_left=draft.budget
+            )
+        return granted
+
+    def _admit(self, now: float, draft: Draft, *, ahead_of: float | None = None) -> None:
+        """Moves requests from the queue into slots, in order, until one does not fit: nobody is overtaken.
+
+        With ``ahead_of``, only those that the ordering ranks before that.
+        """
         is_batch = self._policies.admission.holds_slots
         quota = min(self._policies.admission.quota(self._view(now)), len(self._free_slots))
+        quota += len(draft.admissions)
         while len(draft.admissions) < quota and (is_batch or draft.budget > 0):
             request = self._waiting.peek()
             if request is None or request.num_steps_in_flight > 0:  # a resumed request's tokens must be known
+                return
+            if ahead_of is not None and self._ranking is not None and self._ranking.rank(request) >= ahead_of:
                 return
             # Siblings of one batch start together, and so each compute the prompt themselves.
             shared = 0 if is_batch else self._shareable_prefix(request, draft)
             if shared is None or not self._has_room(request, shared):
                 return
-            chunk = self._policies.composition.chunk(request.num_tokens - shared, draft.budget)
-            if chunk == 0 and not is_batch:
-                return
-            self._waiting.remove(request)
+            chunk = min(request.num_tokens - shared, draft.budget)
             self._start(request, shared, now, draft)
             if chunk:
-                draft.plan_row(request, chunk)
+                draft.plan_chunk(request, chunk)
 
-    def _shareable_prefix(self, request: Request, draft: _Draft) -> int | None:
+    def _shareable_prefix(self, request: Request, draft: Draft) -> int | None:
         """Prompt tokens whose pages a sibling holds already; None while it is still computing them."""
         parent = self._live.get(request.parent_id) if request.parent_id is not None else None
         if parent is None or parent.status is not RequestStatus.RUNNING:
@@ -248,7 +299,11 @@ class Scheduler:
         reserve = self._watermark_pages if self._running else 0
         return price + reserve <= self._kv.num_free
 
-    def _start(self, request: Request, shared: int, now: float, draft: _Draft) -> None:
+    def _start(self, request: Request, shared: int, now: float, draft: Draft) -> None:
+        if self._log is not None:
+            self._log_admission(self._log, request, now)
+        self._waiting.remove(request)
+        self._observers.admitted(request, now)
         request.slot = self._free_slots.pop()
         request.status = RequestStatus.RUNNING
         if request.first_scheduled_time is None:
@@ -272,8 +327,25 @@ class Scheduler:
             )
         )
 
-    def _preempt(self, request: Request, draft: _Draft) -> None:
+    def _log_admission(self, log: DecisionLog, request: Request, now: float) -> None:
+        ordering = self._policies.ordering
+        log.admitted(
+            self._step,
+            now,
+            request.id,
+            waited_s=now - request.arrival_time,
+            key=self._waiting.key_of(request),
+            factors=ordering.factors(request) if isinstance(ordering, Explaining) else {},
+        )
+
+    def _enqueue(self, request: Request, now: float) -> None:
+        self._observers.queued(request, now)
+        self._waiting.push(request, now)
+
+    def _preempt(self, request: Request, now: float, draft: Draft, *, for_id: str | None = None) -> None:
         """Drops a running request's pages; it will recompute prompt and output when it runs again."""
+        if self._log is not None:
+            self._log.preempted(self._step, now, request.id, for_id=for_id)
         draft.drop_pages(request)
         draft.preempted_ids.append(request.id)
         self._running.remove(request)
@@ -282,7 +354,7 @@ class Scheduler:
         request.num_computed_tokens = 0
         request.num_preemptions += 1
         self._num_preemptions += 1
-        self._waiting.push(request)
+        self._enqueue(request, now)
 
     def _give_up_slot(self, request: Request) -> None:
         assert request.slot is not None
@@ -308,32 +380,49 @@ class Scheduler:
         """Takes the result of the oldest step in flight; returns what changed, in row order."""
         plan, owners = self._in_flight.popleft()
         updates: list[RequestUpdate] = []
-        for index, (row, request) in enumerate(zip(plan.rows, owners, strict=True)):
+        make_update, update_type = (
+            tuple.__new__,
+            RequestUpdate,
+        )  # a third of the time of the named constructor
+        finished = RequestStatus.FINISHED
+        logprobs = repeat(None) if result.logprobs is None else result.logprobs
+        bad = [i in result.bad_rows for i in range(len(owners))] if result.bad_rows else repeat(False)
+        for row, request, token_id, row_logprobs, is_bad in zip(
+            plan.rows, owners, result.token_ids, logprobs, bad, strict=False
+        ):
             request.num_steps_in_flight -= 1
-            if not row.samples or request.status is RequestStatus.FINISHED:
+            if not row[4] or request.status is finished:
                 continue  # a chunk in mid-prompt, or a row that turned out to be finished
-            request.num_pending_tokens -= 1
-            if index in result.bad_rows:
+            if is_bad:
                 request.error = "the model produced logits that are not finite"
                 self._leave(request, FinishReason.ERROR, now)
                 updates.append(RequestUpdate(request, None, None, finished=True))
                 continue
-            token_id = result.token_ids[index]
-            request.output_token_ids.append(token_id)
+            output = request.output_token_ids
+            output.append(token_id)
+            ended = False
             if request.first_token_time is None:
                 request.first_token_time = now
-            logprobs = result.logprobs[index] if result.logprobs is not None else None
-            reason = _finish_reason(request, token_id)
-            if reason is None:
-                updates.append(RequestUpdate(request, token_id, logprobs, finished=False))
-                continue
-            if reason is FinishReason.STOP:
-                request.stop_reason = token_id
-            holds = self._policies.admission.holds_slots and request.status is RequestStatus.RUNNING
-            self._leave(request, reason, now, holds_slot=holds)
-            updates.append(RequestUpdate(request, token_id, logprobs, finished=not holds))
+            if token_id in request.stop_token_ids or len(output) >= request.next_limit:
+                ended = self._end_row(request, token_id, now)
+            updates.append(make_update(update_type, (request, token_id, row_logprobs, ended)))
+        if self._observers.want_tokens:
+            self._observers.generated([u[0] for u in updates if u[1] is not None], now)
         self._release_batch(now)
         return updates
+
+    def _end_row(self, request: Request, token_id: int, now: float) -> bool:
+        """Ends a request if its newest token is its last; whether its caller may hear of the end now."""
+        reason = _finish_reason(request, token_id)
+        if reason is None:
+            if len(request.output_token_ids) > request.predicted_output_upper:
+                self._outgrown.append(request)
+            return False
+        if reason is FinishReason.STOP:
+            request.stop_reason = token_id
+        holds = self._policies.admission.holds_slots and request.status is RequestStatus.RUNNING
+        self._leave(request, reason, now, holds_slot=holds)
+        return not holds
 
     def drop_in_flight(self) -> None:
         """Forgets the steps in flight of an executor that failed."""
@@ -341,7 +430,8 @@ class Scheduler:
 
     def _leave(self, request: Request, reason: FinishReason, now: float, *, holds_slot: bool = False) -> None:
         """Takes a live request out of queue or slots; with ``holds_slot`` it keeps slot and pages for now."""
-        if request.status is RequestStatus.RUNNING:
+        was_waiting = request.status is not RequestStatus.RUNNING
+        if not was_waiting:
             self._running.remove(request)
             if holds_slot:
                 self._held.append(request)
@@ -349,11 +439,11 @@ class Scheduler:
                 self._give_up_slot(request)
         else:
             self._waiting.remove(request)
+        self._observers.left(request, now, was_waiting=was_waiting)
         del self._live[request.id]
         self._with_deadline.discard(request)
         request.status = RequestStatus.FINISHED
         request.finish_reason = reason
-        request.num_pending_tokens = 0
         request.finish_time = now
         self._num_finished += 1
 
@@ -367,10 +457,9 @@ class Scheduler:
             self._held.clear()
 
     def _expire(self, now: float) -> None:
-        if self._with_deadline:
-            late = [r for r in self._with_deadline if r.deadline is not None and r.deadline <= now]
-            for request in sorted(late, key=lambda r: r.id):
-                self.end(request, FinishReason.DEADLINE, now)
+        late = [r for r in self._with_deadline if r.deadline is not None and r.deadline <= now]
+        for request in sorted(late, key=lambda r: r.id):
+            self.end(request, FinishReason.DEADLINE, now)
 
     def check_integrity(self) -> None:
         """Raises RuntimeError if pages or slots are lost, doubled, or with someone who should have none."""
@@ -385,45 +474,9 @@ class Scheduler:
                 raise RuntimeError(f"waiting request {request.id} owns pages or a slot")
 
 
-@dataclasses.dataclass(slots=True)
-class _Draft:
-    """A plan being made. Counts of the requests in it have advanced already."""
-
-    budget: int
-    rows: list[ScheduledRow] = dataclasses.field(default_factory=list[ScheduledRow])
-    owners: list[Request] = dataclasses.field(default_factory=list[Request])
-    admissions: list[Admission] = dataclasses.field(default_factory=list[Admission])
-    page_updates: list[PageUpdate] = dataclasses.field(default_factory=list[PageUpdate])
-    preempted_ids: list[str] = dataclasses.field(default_factory=list[str])
-
-    def plan_row(self, request: Request, num_tokens: int) -> None:
-        """Adds a request's share and advances its counts."""
-        start = request.num_computed_tokens
-        end = start + num_tokens
-        samples = end == request.num_tokens
-        self.rows.append(ScheduledRow(request.id, cast(int, request.slot), start, num_tokens, samples))
-        self.owners.append(request)
-        self.budget -= num_tokens
-        request.num_computed_tokens = end
-        request.num_steps_in_flight += 1
-        if samples:
-            request.num_pending_tokens += 1
-
-    def computed_before(self, request: Request) -> int:
-        """Tokens that earlier steps have computed of a request that this draft may hold as well."""
-        for row, owner in zip(self.rows, self.owners, strict=True):
-            if owner is request:
-                return row.start
-        return request.num_computed_tokens
-
-    def drop_pages(self, request: Request) -> None:
-        """Forgets the entries of a request that loses its slot."""
-        self.page_updates = [update for update in self.page_updates if update.slot != request.slot]
-
-
 def _may_decode(request: Request) -> bool:
     # Once the last permitted token is being sampled, another step would be thrown away for certain.
-    return len(request.output_token_ids) + request.num_pending_tokens < request.max_tokens
+    return request.num_tokens < request.max_num_tokens
 
 
 def _finish_reason(request: Request, token_id: int) -> FinishReason | None:

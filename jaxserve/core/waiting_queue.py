@@ -5,26 +5,46 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Iterator
+from typing import NamedTuple
 
-from jaxserve.core.policy import OrderingPolicy, SortKey
+from jaxserve.core.policy import ChangingKeys, LanedOrdering, OrderingPolicy, SortKey
 from jaxserve.request import Request
 
-_SLACK = 64  # former members that may be kept
+_SLACK = 64  # former entries that may be kept
+_ONLY_LANE = ""
+# Keys computed anew in one step, so that a long queue costs each step the same; the longest due come first.
+_MOST_REKEYS = 32
+
+
+class _Membership(NamedTuple):
+    """Where a member stands; an entry of a heap counts only if it has the member's present ticket."""
+
+    ticket: int
+    lane: str
+    key: SortKey
 
 
 class WaitingQueue:
-    """A heap by the ordering policy's key; removal in the middle is lazy.
+    """A heap for each lane by the ordering policy's key, and a heap of lanes; removal is lazy.
 
-    Ties are broken by the order of joining, so that a recorded run replays exactly.
+    Most orderings have one lane. Ties are broken by the order of joining, so that a recorded run replays
+    exactly. Keys that change while requests wait are computed again when they are due (`refresh`).
     """
 
     def __init__(self, ordering: OrderingPolicy) -> None:
         self._ordering = ordering
-        self._heap: list[tuple[SortKey, int, Request]] = []
-        self._members: dict[Request, int] = {}
+        self._laned = ordering if isinstance(ordering, LanedOrdering) else None
+        self._changing = ordering if isinstance(ordering, ChangingKeys) else None
+        self._members: dict[Request, _Membership] = {}
+        self._lanes: dict[str, list[tuple[SortKey, int, Request]]] = {}
+        self._heads: list[tuple[float, SortKey, int, str]] = []  # (lane key, its head's key and ticket, lane)
+        self._due: list[tuple[float, int, Request]] = []
+        self._num_due = 0
         self._counter = 0
+        self._num_entries = 0  # of heaps and the arrival list, those of former members included
         self._by_arrival: deque[Request] = deque()
         self._newest_arrival: float | None = None
+        self.num_tokens = 0  # of all members
 
     def __len__(self) -> int:
         return len(self._members)
@@ -32,36 +52,107 @@ class WaitingQueue:
     def __contains__(self, request: Request) -> bool:
         return request in self._members
 
-    def push(self, request: Request) -> None:
-        if len(self._heap) + len(self._by_arrival) > 4 * len(self._members) + _SLACK:
-            self._forget_former_members()
-        self._counter += 1
-        self._members[request] = self._counter
-        heapq.heappush(self._heap, (self._ordering.key(request), self._counter, request))
+    def push(self, request: Request, now: float) -> None:
+        self._forget_former_members()
+        self._place(request, now)
+        self.num_tokens += request.num_tokens
         if self._newest_arrival is None or request.arrival_time >= self._newest_arrival:
             self._newest_arrival = request.arrival_time
             self._by_arrival.append(request)
         else:  # a preempted request comes back
             self._by_arrival.appendleft(request)
 
+    def _place(self, request: Request, now: float) -> None:
+        """Gives a request a new ticket, and puts it where its key belongs."""
+        self._counter += 1
+        self._num_entries += 1
+        lane = self._laned.lane(request) if self._laned else _ONLY_LANE
+        member = _Membership(self._counter, lane, self._ordering.key(request, now))
+        self._members[request] = member
+        heap = self._lanes.setdefault(lane, [])
+        heapq.heappush(heap, (member.key, member.ticket, request))
+        if heap[0][1] == member.ticket:
+            self._push_head(lane)
+        if self._changing is not None:
+            due = self._changing.key_until(request, now)
+            heapq.heappush(self._due, (due, member.ticket, request))
+
+    def _push_head(self, lane: str) -> None:
+        key, ticket, _ = self._lanes[lane][0]
+        heapq.heappush(self._heads, (self._lane_key(lane), key, ticket, lane))
+
+    def _lane_key(self, lane: str) -> float:
+        return self._laned.lane_key(lane) if self._laned else 0.0
+
     def _forget_former_members(self) -> None:
         """Those behind a first member that stays long would otherwise never be let go."""
-        self._heap = [entry for entry in self._heap if self._members.get(entry[2]) == entry[1]]
-        heapq.heapify(self._heap)
-        self._by_arrival = deque(dict.fromkeys(r for r in self._by_arrival if r in self._members))
+        if self._num_entries <= 4 * len(self._members) + _SLACK:
+            return
+        members = self._members
+        self._num_entries = len(members)
+        for lane, heap in list(self._lanes.items()):
+            kept = [entry for entry in heap if entry[2] in members and members[entry[2]].ticket == entry[1]]
+            heapq.heapify(kept)
+            self._lanes[lane] = kept
+            if not kept:
+                del self._lanes[lane]
+        self._heads.clear()
+        for lane in self._lanes:
+            self._push_head(lane)
+        self._due = [d for d in self._due if d[2] in members and members[d[2]].ticket == d[1]]
+        heapq.heapify(self._due)
+        self._by_arrival = deque(dict.fromkeys(r for r in self._by_arrival if r in members))
+
+    def refresh(self, now: float) -> None:
+        """Computes keys anew that hold no longer, so many at most; call it once a step."""
+        if not self._due or self._due[0][0] > now:
+            return
+        self._forget_former_members()
+        due, members = self._due, self._members
+        left = _MOST_REKEYS
+        while left and due and due[0][0] <= now:
+            _, ticket, request = heapq.heappop(due)
+            member = members.get(request)
+            if member is not None and member.ticket == ticket:
+                self._place(request, now)
+                left -= 1
 
     def peek(self) -> Request | None:
         """The first request, or None."""
-        while self._heap:
-            _, ticket, request = self._heap[0]
-            if self._members.get(request) == ticket:
-                return request
-            heapq.heappop(self._heap)
+        heads = self._heads
+        while heads:
+            lane_key, key, ticket, lane = heads[0]
+            head = self._clean_head(lane)
+            if head is None:
+                heapq.heappop(heads)
+                continue
+            current = (self._lane_key(lane), head[0], head[1], lane)
+            if current == (lane_key, key, ticket, lane):
+                return head[2]
+            # Keys of lanes never fall, and a better head of a lane has an entry of its own: so an entry that
+            # is out of date stood too far in front, never too far behind.
+            heapq.heapreplace(heads, current)
         return None
+
+    def _clean_head(self, lane: str) -> tuple[SortKey, int, Request] | None:
+        """The first member of a lane; a lane without any is dropped."""
+        heap = self._lanes.get(lane)
+        while heap:
+            member = self._members.get(heap[0][2])
+            if member is not None and member.ticket == heap[0][1]:
+                return heap[0]
+            heapq.heappop(heap)
+        self._lanes.pop(lane, None)
+        return None
+
+    def key_of(self, request: Request) -> SortKey:
+        """The key by which a member was placed."""
+        return self._members[request].key
 
     def remove(self, request: Request) -> None:
         """Takes a member out, wherever it stands."""
         del self._members[request]
+        self.num_tokens -= request.num_tokens
 
     @property
     def newest_arrival(self) -> float | None:

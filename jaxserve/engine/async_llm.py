@@ -125,6 +125,7 @@ class AsyncLLM:
         *,
         request_id: str | None = None,
         priority: int = 0,
+        client: str = "",
         timeout_s: float | None = None,
     ) -> AsyncGenerator[RequestOutput]:
         """Completes one prompt, yielding everything generated so far; the last output has ``finished`` set.
@@ -135,7 +136,8 @@ class AsyncLLM:
             prompt: a string, a list of token ids, ``{"prompt": ...}`` or ``{"prompt_token_ids": [...]}``.
             sampling_params: default ``SamplingParams()``, 16 tokens.
             request_id: yours, unique among those alive; one is made up otherwise.
-            priority: under ``ordering="priority"``; lower runs earlier.
+            priority: under ``ordering="priority"`` and ``"strict_priority"``; lower runs earlier.
+            client: whose request it is, under ``ordering="fair"`` and others that are fair to clients.
             timeout_s: after so many seconds the request ends with finish reason ``deadline``.
 
         Raises:
@@ -144,7 +146,12 @@ class AsyncLLM:
         params = sampling_params or SamplingParams()
         return self._stream(
             lambda: self._engine.inputs.from_prompt(
-                prompt, params, request_id=request_id, priority=priority, timeout_s=timeout_s
+                prompt,
+                params,
+                request_id=request_id,
+                priority=priority,
+                client=client,
+                timeout_s=timeout_s,
             )
         )
 
@@ -155,13 +162,19 @@ class AsyncLLM:
         *,
         request_id: str | None = None,
         priority: int = 0,
+        client: str = "",
         timeout_s: float | None = None,
     ) -> AsyncGenerator[RequestOutput]:
         """Answers one conversation, through the model's chat template; otherwise as `generate`."""
         params = sampling_params or SamplingParams(max_tokens=None)
         return self._stream(
             lambda: self._engine.inputs.from_messages(
-                messages, params, request_id=request_id, priority=priority, timeout_s=timeout_s
+                messages,
+                params,
+                request_id=request_id,
+                priority=priority,
+                client=client,
+                timeout_s=timeout_s,
             )
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
 import time
 from collections.abc import Callable
@@ -10,19 +11,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from tqdm import tqdm
 
 from jaxserve import validation
 from jaxserve.config import EngineConfig
+from jaxserve.core.assembly import Assembly, assemble
 from jaxserve.core.batch import Executor, StepBatch
-from jaxserve.core.kv_cache_manager import KVCacheManager
-from jaxserve.core.page_pool import PagePool
+from jaxserve.core.cost_model import CostModel, StepCost, UnknownDevice
 from jaxserve.core.plan import StepPlan
-from jaxserve.core.policy import make_policies
-from jaxserve.core.predictor import MeanLengthPredictor
-from jaxserve.core.scheduler import Scheduler
+from jaxserve.core.predictor import LengthPredictor, MeanLengthPredictor
+from jaxserve.core.roofline import ModelShape, Roofline, known_device
 from jaxserve.engine.engine_core import EngineCore
 from jaxserve.engine.input_processor import InputProcessor
+from jaxserve.engine.journals import Journals
 from jaxserve.engine.loop import EngineLoop
 from jaxserve.loading.source import open_checkpoint, resolve_model
 from jaxserve.loading.tokenizer import Tokenizer, load_tokenizer
@@ -107,10 +109,21 @@ def build_engine(config: EngineConfig, *, progress: bool = True) -> Engine:
         ConfigError, ModelNotFoundError, CheckpointError: before anything was started.
     """
     config = with_bundle(config)
-    model = load_model(config, progress=progress)
-    resolved, runner = make_runner(config, model, progress=progress)
-    core = make_core(config, resolved, runner, runner.prepare)
-    return make_engine(config, model, resolved, runner, core, on_close=runner.close)
+    journals = Journals(config.scheduler)
+    try:
+        model = load_model(config, progress=progress)
+        resolved, runner = make_runner(config, model, progress=progress)
+        prior = _device_prior(model, resolved.dtype)
+        core = make_core(config, resolved, runner, runner.prepare, prior=prior, journals=journals)
+    except BaseException:
+        journals.close()
+        raise
+
+    def close() -> None:
+        journals.close()
+        runner.close()
+
+    return make_engine(config, model, resolved, runner, core, on_close=close)
 
 
 def load_model(config: EngineConfig, *, progress: bool = True) -> LoadedModel:
@@ -165,27 +178,64 @@ def make_core[Handle](
     resolved: ResolvedConfig,
     executor: Executor[Handle],
     prepare: Callable[[StepPlan], StepBatch],
+    *,
+    prior: StepCost | None = None,
+    predictor: LengthPredictor | None = None,
+    journals: Journals | None = None,
 ) -> EngineCore[Handle]:
     """The step loop's parts, wired for production: the wall clock and a real executor.
 
     A runner whose core has come to rest (nothing alive, nothing in flight) can be given to another core.
+
+    Args:
+        prior: of the cost model; by default nothing is known of the device until it has run.
+        predictor: of output lengths; by default the mean of those that finished.
+        journals: files to write.
     """
-    scheduler = Scheduler(
-        policies=make_policies(config.scheduler, resolved.num_slots),
-        kv=KVCacheManager(PagePool(resolved.num_pages), resolved.layout.page_size),
+    assembly = Assembly(
+        scheduler=config.scheduler,
         ladder=resolved.ladder,
         num_slots=resolved.num_slots,
+        num_pages=resolved.num_pages,
+        page_size=resolved.layout.page_size,
         watermark_pages=resolved.watermark_pages,
         max_queued_requests=config.scheduler.max_queued_requests + resolved.num_slots,
     )
+    prior, depth = prior or UnknownDevice(), config.scheduler.pipeline_depth
+    costs = CostModel(prior)
     return EngineCore(
-        scheduler=scheduler,
+        scheduler=assemble(assembly, costs, journals.decision_log() if journals else None),
         executor=executor,
         prepare=prepare,
-        predictor=MeanLengthPredictor(),
+        predictor=predictor or MeanLengthPredictor(),
         clock=time.monotonic,
-        pipeline_depth=config.scheduler.pipeline_depth,
+        pipeline_depth=depth,
+        costs=costs,
+        recorder=journals.recorder(assembly, prior, depth) if journals else None,
     )
+
+
+def _device_prior(model: LoadedModel, dtype: str) -> StepCost:
+    """Step times from the peaks of a device that is known, and the size of the model on it."""
+    profile = known_device(model.placement.mesh.devices.flat[0].device_kind)
+    if profile is None:
+        return UnknownDevice()
+    decoder = model.module.config
+    # Embeddings are looked up; where they are the head as well, they are multiplied by.
+    num_params = sum(math.prod(array.shape) for array in model.params.values())
+    if not decoder.tie_embeddings:
+        num_params -= decoder.vocab_size * decoder.hidden_size
+    shape = ModelShape(
+        name=model.name,
+        num_params=num_params,
+        num_layers=decoder.num_layers,
+        num_heads=decoder.num_heads,
+        num_kv_heads=decoder.num_kv_heads,
+        head_dim=decoder.head_dim,
+        hidden_size=decoder.hidden_size,
+        bytes_per_value=jnp.dtype(dtype).itemsize,
+    )
+    return Roofline(profile, shape, model.placement.mesh.size)
 
 
 def make_engine(

@@ -12,9 +12,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from jaxserve.core.batch import Executor, StepBatch
+from jaxserve.core.cost_model import CostModel, features_of
 from jaxserve.core.plan import StepPlan, StepResult
 from jaxserve.core.predictor import LengthPredictor
 from jaxserve.core.scheduler import RequestUpdate, Scheduler
+from jaxserve.engine.recording import Recorder
 from jaxserve.engine.stats import STAGES, BucketStats, EngineStats, StageTimer
 from jaxserve.request import FinishReason, Request
 
@@ -39,13 +41,23 @@ class EngineCore[Handle]:
         predictor: LengthPredictor,
         clock: Callable[[], float],
         pipeline_depth: int,
+        costs: CostModel | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
+        """Puts the parts together.
+
+        Args:
+            costs: learns from the steps, if given; the scheduler's policies may hold the same.
+            recorder: is told everything that a replay needs, if given.
+        """
         self._scheduler = scheduler
         self._executor = executor
         self._prepare = prepare
         self._predictor = predictor
         self._clock = clock
         self._depth = pipeline_depth
+        self._costs = costs
+        self._recorder = recorder
         self._in_flight: deque[_InFlight[Handle]] = deque()
         self._last_collected = clock()
         self.stats = EngineStats()
@@ -65,9 +77,16 @@ class EngineCore[Handle]:
 
         Raises what `Scheduler.add` raises.
         """
+        now = self._clock()
         with self._timers["predict"]:
-            request.predicted_output_tokens = self._predictor.predict(request)
-        self._scheduler.add(request)
+            self._predict(request)
+        if self._recorder is not None:
+            self._recorder.added(request, now)
+        self._scheduler.add(request, now)
+
+    def _predict(self, request: Request) -> None:
+        request.predicted_output_tokens, request.predicted_output_upper = self._predictor.predict(request)
+        request.note_limit()
 
     def end(
         self,
@@ -80,7 +99,10 @@ class EngineCore[Handle]:
         """Ends a request if it is alive: an abort, or a stop string found in its text."""
         request = self._scheduler.get(request_id)
         if request is not None:
-            self._scheduler.end(request, reason, self._clock(), stop_reason=stop_reason, error=error)
+            now = self._clock()
+            if self._recorder is not None:
+                self._recorder.ended(request, reason, now)
+            self._scheduler.end(request, reason, now, stop_reason=stop_reason, error=error)
 
     def step(self) -> list[RequestUpdate]:
         """Plans and launches one step, reads the oldest result that is due, and returns what changed.
@@ -89,7 +111,10 @@ class EngineCore[Handle]:
         """
         timers = self._timers
         with timers["schedule"]:
-            plan = self._scheduler.schedule(self._clock())
+            now = self._clock()
+            plan = self._scheduler.schedule(now)
+        if self._recorder is not None:
+            self._recorder.planned(plan, now)
         if plan is not None:
             with timers["prepare"]:
                 batch = self._prepare(plan)
@@ -104,7 +129,9 @@ class EngineCore[Handle]:
             now = self._clock()
             updates = self._scheduler.update(result, now)
         with timers["learn"]:
-            self._learn(done, result, now, updates)
+            step_s = self._learn(done, result, now, updates)
+        if self._recorder is not None:
+            self._recorder.collected(result, updates, now, step_s)
         return self._finish_step(updates)
 
     def stop(self, reason: FinishReason, error: str) -> list[RequestUpdate]:
@@ -118,14 +145,15 @@ class EngineCore[Handle]:
         updates += self._scheduler.take_ended()
         finished = self.stats.finished
         for update in updates:
-            if update.finished and update.request.finish_reason is not None:
-                reason = update.request.finish_reason.value
+            if update[3] and update[0].finish_reason is not None:
+                reason = update[0].finish_reason.value
                 finished[reason] = finished.get(reason, 0) + 1
         return updates
 
     def _learn(
         self, done: _InFlight[Handle], result: StepResult, now: float, updates: list[RequestUpdate]
-    ) -> None:
+    ) -> float:
+        """Counts and learns; returns the seconds that the step took on the device."""
         plan, stats = done.plan, self.stats
         bucket = stats.buckets.setdefault(plan.bucket, BucketStats())
         num_tokens = plan.num_tokens
@@ -139,8 +167,15 @@ class EngineCore[Handle]:
         self._last_collected = now
         weight = max(_STEP_TIME_WEIGHT, 1.0 / bucket.steps)
         bucket.mean_step_s += weight * (step_s - bucket.mean_step_s)
+        if self._costs is not None:
+            self._costs.observe(plan.bucket, features_of(plan), step_s)
         for update in updates:
-            if update.token_id is not None:
-                stats.output_tokens += 1
-            if update.request.finish_reason is FinishReason.STOP:
-                self._predictor.observe(update.request)
+            if update[0].finish_reason is FinishReason.STOP:
+                self._predictor.observe(update[0])
+        for request in self._scheduler.take_outgrown():
+            self._predict(request)
+            if self._recorder is not None:
+                self._recorder.predicted_again(request)
+        num_bad = sum(update[1] is None for update in updates) if result.bad_rows else 0
+        stats.output_tokens += len(updates) - num_bad
+        return step_s

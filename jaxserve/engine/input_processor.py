@@ -86,12 +86,14 @@ class InputProcessor:
         *,
         request_id: str | None = None,
         priority: int = 0,
+        client: str = "",
         timeout_s: float | None = None,
     ) -> RequestGroup:
         """Resolves what the parameters leave open, and makes one request a completion."""
         validation.check_prompt_token_ids(token_ids, self.limits)
         validation.check_params_against_model(params, self.limits)
         validation.check_priority(priority)
+        validation.check_client(client)
         validation.check_timeout(timeout_s)
         group_id = (
             f"request-{next(self._counter)}"
@@ -116,6 +118,7 @@ class InputProcessor:
                 seed=(seed + index) % 2**32,
                 stop_token_ids=frozenset(ends),
                 priority=priority,
+                client=client,
                 deadline=None if timeout_s is None else now + timeout_s,
                 parent_id=ids[0] if index else None,
             )

@@ -87,6 +87,7 @@ class LLM:
         *,
         use_tqdm: bool = True,
         priority: int = 0,
+        client: str = "",
     ) -> list[RequestOutput]:
         """Completes prompts, batched continuously; returns one output a prompt, in order.
 
@@ -96,6 +97,7 @@ class LLM:
             sampling_params: for all prompts, or one for each. Default: ``SamplingParams()``, 16 tokens.
             use_tqdm: show a progress bar.
             priority: of all of them, under ``ordering="priority"``; lower runs earlier.
+            client: whose they are, under orderings that are fair to clients.
 
         Raises:
             ValidationError: for the first prompt that is not allowed; nothing was started.
@@ -104,7 +106,10 @@ class LLM:
         listed = _listed(prompts)
         params = _params_for(listed, sampling_params, SamplingParams())
         make = self._engine.inputs.from_prompt
-        groups = [make(prompt, p, priority=priority) for prompt, p in zip(listed, params, strict=True)]
+        groups = [
+            make(prompt, p, priority=priority, client=client)
+            for prompt, p in zip(listed, params, strict=True)
+        ]
         return self._run(groups, use_tqdm)
 
     def chat(

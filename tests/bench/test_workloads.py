@@ -6,13 +6,11 @@ import pytest
 
 from bench.workloads import (
     DEFAULT_TRACES,
-    Lengths,
     PromptSource,
     at_once,
     conversation_workload,
     find_traces,
     read_prompts,
-    read_trace,
     scaled,
     stretched,
     synthetic_trace,
@@ -21,6 +19,7 @@ from bench.workloads import (
     with_poisson_arrivals,
 )
 from jaxserve.errors import ConfigError
+from jaxserve.simulator.trace import TraceRequest, read_trace
 
 
 class Letters:
@@ -44,7 +43,7 @@ def test_uniform_lengths_reach_both_ends_and_repeat() -> None:
 
 def test_files_are_read(traces: Path) -> None:
     trace = read_trace(traces / "azure2023_conv.csv.gz")
-    assert trace[:2] == [Lengths(0.0, 300, 90), Lengths(0.5, 4, 700)]
+    assert trace[:2] == [TraceRequest(0.0, 300, 90), TraceRequest(0.5, 4, 700)]
     assert len(trace) == 4
     assert len(read_trace(traces / "azure2023_conv.csv.gz", 3)) == 3
     prompts = read_prompts(traces / "prompts" / "gpteacher.jsonl.gz")

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxserve.core.plan import Bucket, PageUpdate, ScheduledRow, StepPlan
-from jaxserve.core.policy import PriorityOrder
+from jaxserve.core.policies.registry import COMPOSITIONS, ORDERINGS, VICTIMS
+from jaxserve.core.policies.strict_priority import StrictPriority
 from jaxserve.core.waiting_queue import WaitingQueue
 from jaxserve.errors import DuplicateRequestError, QueueFullError
 from jaxserve.request import FinishReason, Request, RequestStatus
@@ -287,22 +288,22 @@ def test_queue_is_bounded() -> None:
 
 
 def test_a_request_that_waits_long_keeps_no_others_in_memory() -> None:
-    queue = WaitingQueue(PriorityOrder())
-    queue.push(make_request("bulk", [1], 1, priority=5))
+    queue = WaitingQueue(StrictPriority())
+    queue.push(make_request("bulk", [1], 1, priority=5), 0.0)
     for index in range(1000):
         urgent = make_request(f"r{index}", [1], 1, arrival=float(index))
-        queue.push(urgent)
+        queue.push(urgent, float(index))
         assert queue.peek() is urgent
         assert queue.oldest_arrival == 0.0
         queue.remove(urgent)
-    assert len(queue._heap) + len(queue._by_arrival) < 100
+    assert sum(map(len, queue._lanes.values())) + len(queue._heads) + len(queue._by_arrival) < 100 + 64
     last = queue.peek()
     assert last is not None
     assert last.id == "bulk"
 
 
 def test_priority_order_runs_urgent_requests_first() -> None:
-    core, fake = make_core(num_slots=1, ordering="priority", pipeline_depth=0)
+    core, fake = make_core(num_slots=1, ordering="strict_priority", pipeline_depth=0)
     for name, priority in (("bulk", 5), ("urgent", 0), ("normal", 2)):
         core.add(make_request(name, [1], 2, priority=priority))
     run_to_end(core)
@@ -311,7 +312,7 @@ def test_priority_order_runs_urgent_requests_first() -> None:
 
 
 def test_priority_order_preempts_the_least_urgent() -> None:
-    core, _ = make_core(num_slots=2, num_pages=8, page_size=4, watermark_pages=0, ordering="priority")
+    core, _ = make_core(num_slots=2, num_pages=8, page_size=4, watermark_pages=0, ordering="strict_priority")
     bulk, urgent = (
         make_request("bulk", [1] * 8, 16, priority=5),
         make_request("urgent", [2] * 8, 16, priority=0),
@@ -350,7 +351,7 @@ def test_admission_prices_the_whole_prompt() -> None:
     assert not any(plan.preempted_ids for plan in plans(fake))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     seed=st.integers(0, 2**20),
     depth=st.sampled_from(DEPTHS),
@@ -358,16 +359,28 @@ def test_admission_prices_the_whole_prompt() -> None:
     num_pages=st.integers(18, 60),
     batching=st.sampled_from(["continuous", "static", "dynamic"]),
     abort_rate=st.sampled_from([0.0, 0.05, 0.3]),
+    ordering=st.sampled_from(sorted(ORDERINGS)),
+    composition=st.sampled_from(sorted(COMPOSITIONS)),
+    victim=st.sampled_from(["auto", *VICTIMS]),
 )
 def test_random_traffic_keeps_every_invariant(
-    seed: int, depth: int, num_slots: int, num_pages: int, batching: str, abort_rate: float
+    seed: int,
+    depth: int,
+    num_slots: int,
+    num_pages: int,
+    batching: str,
+    abort_rate: float,
+    ordering: str,
+    composition: str,
+    victim: str,
 ) -> None:
     """No page lost or doubled, budget kept (the fake executor checks), nobody starves, no token wrong."""
     rng = random.Random(seed)
     clock = ManualClock()
     core, fake = make_core(
-        num_slots=num_slots, num_pages=num_pages, pipeline_depth=depth, batching=batching, clock=clock
-    )
+        num_slots=num_slots, num_pages=num_pages, pipeline_depth=depth, batching=batching, clock=clock,
+        ordering=ordering, composition=composition, victim=victim, max_wait_s=0.3,
+    )  # fmt: skip
     requests: list[Request] = []
     for index in range(30):
         arrival = index * 0.02
@@ -377,7 +390,7 @@ def test_random_traffic_keeps_every_invariant(
         prompt = parent.prompt_token_ids if parent else random_prompt(rng, 40)
         request = make_request(
             f"r{index}", prompt, rng.randint(1, 24), seed=index, arrival=clock.now, stop_token_ids=stops,
-            parent_id=parent.id if parent else None,
+            parent_id=parent.id if parent else None, priority=rng.randint(-1, 1), client=f"c{index % 3}",
         )  # fmt: skip
         requests.append(request)
         core.add(request)

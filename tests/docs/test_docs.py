@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-import jaxserve.core.policy
+import jaxserve.core.policies.registry
 import jaxserve.models.registry
 import jaxserve.platforms
 from jaxserve.engine.stats import STAGES
@@ -25,8 +25,7 @@ BLOCK = re.compile(r"^```python test\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FILE = re.compile(r"# ((?:jaxserve|models|pallas_kernels)/[\w/]+)\.py\n")
 LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)")
 REGISTRIES = (
-    jaxserve.core.policy.ADMISSIONS,
-    jaxserve.core.policy.ORDERINGS,
+    *jaxserve.core.policies.registry.REGISTRIES,
     jaxserve.models.registry.MODELS,
     jaxserve.platforms.PLATFORMS,
 )

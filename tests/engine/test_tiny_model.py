@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from jaxserve import LLM, SamplingParams
-from jaxserve.errors import ConfigError
+from jaxserve.errors import ConfigError, ValidationError
 from jaxserve.runner.compile_counter import compile_counter
 from tests.support.byte_tokenizer import END_ID
 from tests.support.tiny_checkpoint import write_tiny_checkpoint
@@ -236,3 +236,18 @@ def test_bad_configurations_say_what_is_wrong(
     with pytest.raises(ConfigError) as caught:
         LLM(str(checkpoint), **(OPTIONS | options))
     assert message in str(caught.value)
+
+
+def test_clients_are_served_fairly_and_ids_are_checked(checkpoint: Path) -> None:
+    """Twenty requests of one client wait when the other's come; in turns, those are not the last to start."""
+    options: dict[str, Any] = OPTIONS | {"max_num_seqs": 1, "row_buckets": (1,), "ordering": "fair"}
+    with LLM(str(checkpoint), **options) as llm:
+        params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
+        make = llm.engine.inputs.from_prompt
+        groups = [make([7, index], params, client="many") for index in range(20)]
+        groups += [make([8, index], params, client="few") for index in range(4)]
+        outputs = llm._run(groups, use_tqdm=False)
+        starts = [output.metrics.first_scheduled_time or 0.0 for output in outputs]
+        assert max(starts[20:]) < sorted(starts)[12]
+        with pytest.raises(ValidationError, match="client="):
+            llm.generate([1, 2], params, use_tqdm=False, client="a b")

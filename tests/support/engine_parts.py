@@ -5,16 +5,17 @@ from __future__ import annotations
 import functools
 import random
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from jaxserve.config import SchedulerConfig
+from jaxserve.core.assembly import Assembly, assemble
 from jaxserve.core.batch import prepare
 from jaxserve.core.buckets import BucketLadder, default_decode_rows, default_mixed_tokens
-from jaxserve.core.kv_cache_manager import KVCacheManager
-from jaxserve.core.page_pool import PagePool
-from jaxserve.core.policy import make_policies
-from jaxserve.core.predictor import MeanLengthPredictor
-from jaxserve.core.scheduler import Scheduler
+from jaxserve.core.cost_model import CostModel, UnknownDevice
+from jaxserve.core.decision_log import DecisionLog
+from jaxserve.core.predictor import LengthPredictor, MeanLengthPredictor
 from jaxserve.engine.engine_core import EngineCore
+from jaxserve.engine.recording import Recorder
 from jaxserve.request import Request, SamplingParams
 from tests.support.fake_executor import FakeExecutor
 
@@ -39,27 +40,35 @@ def make_core(
     watermark_pages: int = 1,
     max_queued_requests: int = 100_000,
     clock: Callable[[], float] | None = None,
-    executor: FakeExecutor | None = None,
+    executor: Any = None,
+    predictor: LengthPredictor | None = None,
+    decision_log: DecisionLog | None = None,
+    recorder: Callable[[Assembly], Recorder] | None = None,
     **scheduler: object,
 ) -> tuple[EngineCore[object], FakeExecutor]:
     """An engine core over a fake executor; ``scheduler`` are fields of `SchedulerConfig`."""
     fake = executor or FakeExecutor(num_slots, page_size)
-    core = EngineCore(
-        scheduler=Scheduler(
-            policies=make_policies(SchedulerConfig(**scheduler), num_slots),  # type: ignore[arg-type]
-            kv=KVCacheManager(PagePool(num_pages), page_size),
-            ladder=BucketLadder(
-                default_decode_rows(num_slots, 1), default_mixed_tokens(token_budget, num_slots), num_slots
-            ),
-            num_slots=num_slots,
-            watermark_pages=watermark_pages,
-            max_queued_requests=max_queued_requests,
+    assembly = Assembly(
+        scheduler=SchedulerConfig(**scheduler),  # type: ignore[arg-type]
+        ladder=BucketLadder(
+            default_decode_rows(num_slots, 1), default_mixed_tokens(token_budget, num_slots), num_slots
         ),
+        num_slots=num_slots,
+        num_pages=num_pages,
+        page_size=page_size,
+        watermark_pages=watermark_pages,
+        max_queued_requests=max_queued_requests,
+    )
+    costs = CostModel(UnknownDevice())
+    core = EngineCore(
+        scheduler=assemble(assembly, costs, decision_log),
         executor=fake,
         prepare=functools.partial(prepare, num_slots=num_slots),
-        predictor=MeanLengthPredictor(),
+        predictor=predictor or MeanLengthPredictor(),
         clock=clock or ManualClock(),
         pipeline_depth=pipeline_depth,
+        costs=costs,
+        recorder=recorder(assembly) if recorder else None,
     )
     return core, fake  # type: ignore[return-value]
 
@@ -76,6 +85,7 @@ def make_request(
     priority: int = 0,
     deadline: float | None = None,
     min_tokens: int = 0,
+    client: str = "",
 ) -> Request:
     """A request as the input processor would make it."""
     return Request(
@@ -89,6 +99,7 @@ def make_request(
         priority=priority,
         deadline=deadline,
         parent_id=parent_id,
+        client=client,
     )
 
 

@@ -1,0 +1,77 @@
+"""Puts a scheduler together; the one place where engine, simulator, benches and tests do so."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from jaxserve.config import SchedulerConfig
+from jaxserve.core.buckets import BucketLadder
+from jaxserve.core.cost_model import CostModel
+from jaxserve.core.decision_log import DecisionLog
+from jaxserve.core.kv_cache_manager import KVCacheManager
+from jaxserve.core.page_pool import PagePool
+from jaxserve.core.policies.registry import make_policies
+from jaxserve.core.policy import PolicyContext
+from jaxserve.core.scheduler import Scheduler
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Assembly:
+    """What a scheduler is put together from; plain values, so that a recording can hold them.
+
+    Attributes:
+        scheduler: the policies and their options.
+        ladder: compiled shapes.
+        num_slots: requests that run at once.
+        num_pages: KV pages, the null page included.
+        page_size: tokens in a page.
+        watermark_pages: pages that admission leaves free.
+        max_queued_requests: waiting requests beyond which new ones are refused.
+    """
+
+    scheduler: SchedulerConfig
+    ladder: BucketLadder
+    num_slots: int
+    num_pages: int
+    page_size: int
+    watermark_pages: int
+    max_queued_requests: int
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Assembly:
+        """The inverse of `to_json`, tuples having become lists."""
+        fields: dict[str, Any] = {field.name: values[field.name] for field in dataclasses.fields(cls)}
+        ladder = fields["ladder"]
+        fields["ladder"] = BucketLadder(
+            tuple(ladder["decode_rows"]), tuple(ladder["mixed_tokens"]), ladder["mixed_rows"]
+        )
+        fields["scheduler"] = SchedulerConfig(**fields["scheduler"])
+        return cls(**fields)
+
+
+def assemble(assembly: Assembly, costs: CostModel, decision_log: DecisionLog | None = None) -> Scheduler:
+    """The scheduler that an assembly describes; its policies look at ``costs``."""
+    kv = KVCacheManager(PagePool(assembly.num_pages), assembly.page_size)
+    context = PolicyContext(
+        config=assembly.scheduler,
+        num_slots=assembly.num_slots,
+        token_budget=assembly.ladder.token_budget,
+        chunk_sizes=assembly.ladder.mixed_tokens,
+        costs=costs,
+        matched_tokens=kv.matched_tokens,
+        page_occupancy=lambda: kv.occupancy,
+    )
+    return Scheduler(
+        policies=make_policies(context),
+        kv=kv,
+        ladder=assembly.ladder,
+        num_slots=assembly.num_slots,
+        watermark_pages=assembly.watermark_pages,
+        max_queued_requests=assembly.max_queued_requests,
+        decision_log=decision_log,
+    )

@@ -1,0 +1,75 @@
+"""A plan in the making."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import cast
+
+from jaxserve.core.plan import Admission, PageUpdate, ScheduledRow
+from jaxserve.request import Request
+
+
+@dataclasses.dataclass(slots=True)
+class Draft:
+    """A plan being made. Counts of the requests in it have advanced already.
+
+    Attributes:
+        budget: tokens that the step can still hold.
+        owners: the requests of the rows, in their order.
+    """
+
+    budget: int
+    rows: list[ScheduledRow] = dataclasses.field(default_factory=list[ScheduledRow])
+    owners: list[Request] = dataclasses.field(default_factory=list[Request])
+    admissions: list[Admission] = dataclasses.field(default_factory=list[Admission])
+    page_updates: list[PageUpdate] = dataclasses.field(default_factory=list[PageUpdate])
+    preempted_ids: list[str] = dataclasses.field(default_factory=list[str])
+    num_tokens: int = 0
+
+    def plan_decodes(self, running: list[Request]) -> list[Request]:
+        """One token for each request that lacks one; returns those that lack more: prompts in part computed.
+
+        The hottest loop of the scheduler: a row a token that the engine makes.
+        """
+        rows, owners = self.rows, self.owners
+        prefills: list[Request] = []
+        make_row, row_type = tuple.__new__, ScheduledRow  # a third of the time of the named constructor
+        for request in running:
+            end = request.num_tokens
+            start = request.num_computed_tokens
+            if end - start > 1:
+                prefills.append(request)
+            elif end < request.max_num_tokens and end != start:  # else the last token is being sampled
+                rows.append(make_row(row_type, (request.id, request.slot, start, 1, True)))
+                owners.append(request)
+                request.num_computed_tokens = end
+                request.num_tokens = end + 1
+                request.num_steps_in_flight += 1
+        self.num_tokens = len(rows)
+        self.budget -= len(rows)
+        return prefills
+
+    def plan_chunk(self, request: Request, num_tokens: int) -> None:
+        """The next ``num_tokens`` of a prompt."""
+        start = request.num_computed_tokens
+        end = start + num_tokens
+        samples = end == request.num_tokens
+        self.rows.append(ScheduledRow(request.id, cast(int, request.slot), start, num_tokens, samples))
+        self.owners.append(request)
+        self.budget -= num_tokens
+        self.num_tokens += num_tokens
+        request.num_computed_tokens = end
+        request.num_steps_in_flight += 1
+        if samples:
+            request.num_tokens += 1
+
+    def computed_before(self, request: Request) -> int:
+        """Tokens that earlier steps have computed of a request that this draft may hold as well."""
+        for row, owner in zip(self.rows, self.owners, strict=True):
+            if owner is request:
+                return row.start
+        return request.num_computed_tokens
+
+    def drop_pages(self, request: Request) -> None:
+        """Forgets the entries of a request that loses its slot."""
+        self.page_updates = [update for update in self.page_updates if update.slot != request.slot]

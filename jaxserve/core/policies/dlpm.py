@@ -1,0 +1,81 @@
+"""Ordering ``dlpm``: deficit longest prefix match (Cao et al., arXiv 2501.14312)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import final
+
+from jaxserve.core.policies.fair import INPUT_WEIGHT, OUTPUT_WEIGHT
+from jaxserve.core.policy import PolicyContext, SortKey
+from jaxserve.request import Request
+
+_REFRESH_S = 0.25
+_QUANTUM = 4096.0
+
+
+@final
+class DeficitLongestPrefixMatch:
+    """Longest prefix match among the clients that have some of their quantum left.
+
+    When no waiting client has any left, all get another. Kept as the number of quanta that a client has
+    spent (its round): the clients in the earliest round may be served, and rounds never fall, which is what
+    a lane's key needs. What was cached costs nothing.
+
+    Args:
+        matched_tokens: leading prompt tokens of a request that are in the cache.
+        quantum: weighted tokens a client may use before the others of its round have used theirs.
+    """
+
+    def __init__(self, matched_tokens: Callable[[Request], int], quantum: float = _QUANTUM) -> None:
+        self._matched_tokens = matched_tokens
+        self._quantum = quantum
+        self._spent: dict[str, float] = {}
+        self._waiting: Counter[str] = Counter()
+        self._round = 0
+
+    @classmethod
+    def from_context(cls, context: PolicyContext) -> DeficitLongestPrefixMatch:
+        return cls(context.matched_tokens)
+
+    def key(self, request: Request, now: float) -> SortKey:
+        return (-self._matched_tokens(request), request.arrival_time)
+
+    def key_until(self, request: Request, now: float) -> float:
+        return now + _REFRESH_S
+
+    def lane(self, request: Request) -> str:
+        return request.client
+
+    def lane_key(self, lane: str) -> float:
+        return self._spent[lane] // self._quantum
+
+    def queued(self, request: Request, now: float) -> None:
+        # Rounds that passed while a client asked for nothing are lost.
+        floor = self._round * self._quantum
+        self._spent[request.client] = max(self._spent.get(request.client, 0.0), floor)
+        self._waiting[request.client] += 1
+
+    def admitted(self, request: Request, now: float) -> None:
+        self._round = max(self._round, int(self.lane_key(request.client)))
+        if request.num_preemptions == 0:
+            uncached = request.num_prompt_tokens - self._matched_tokens(request)
+            self._spent[request.client] += INPUT_WEIGHT * uncached
+        self._stop_waiting(request.client)
+
+    def generated(self, requests: Sequence[Request], now: float) -> None:
+        spent = self._spent
+        for request in requests:
+            if request.client in spent:
+                spent[request.client] += OUTPUT_WEIGHT
+
+    def left(self, request: Request, now: float, *, was_waiting: bool) -> None:
+        if was_waiting:
+            self._stop_waiting(request.client)
+
+    def _stop_waiting(self, client: str) -> None:
+        self._waiting[client] -= 1
+        if self._waiting[client] == 0:
+            del self._waiting[client]
+            if self._spent[client] <= self._round * self._quantum:
+                del self._spent[client]  # it comes back to the same

@@ -1,0 +1,48 @@
+"""The files that an engine writes as it runs: why it decided what it decided, and a recording to replay."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TextIO
+
+from jaxserve.config import SchedulerConfig
+from jaxserve.core.assembly import Assembly
+from jaxserve.core.cost_model import StepCost
+from jaxserve.core.decision_log import DecisionLog, json_lines
+from jaxserve.engine.recording import Recorder
+from jaxserve.errors import ConfigError
+
+
+class Journals:
+    """Open files; written on the engine's thread, closed when the engine is."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        """Opens what the configuration names. Raises ConfigError for a file that cannot be written."""
+        self._decisions = _open("decision_log", config.decision_log)
+        try:
+            self._recording = _open("record", config.record)
+        except ConfigError:
+            if self._decisions is not None:
+                self._decisions.close()
+            raise
+
+    def decision_log(self) -> DecisionLog | None:
+        return None if self._decisions is None else DecisionLog(json_lines(self._decisions))
+
+    def recorder(self, assembly: Assembly, prior: StepCost, pipeline_depth: int) -> Recorder | None:
+        if self._recording is None:
+            return None
+        return Recorder(json_lines(self._recording), assembly, prior, pipeline_depth)
+
+    def close(self) -> None:
+        """May be called twice."""
+        for file in (self._decisions, self._recording):
+            if file is not None:
+                file.close()
+
+
+def _open(option: str, name: str | None) -> TextIO | None:
+    try:
+        return None if name is None else Path(name).expanduser().open("w", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{option}={name!r}: {error.strerror}") from None

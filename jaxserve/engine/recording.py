@@ -1,0 +1,96 @@
+"""Recordings of a running engine: everything that a replay needs to make the same plans, step by step.
+
+One JSON object a line. The first is the header: how the engine was put together. Then, in the order in which
+they happened (``e`` is the kind, ``t`` seconds on the engine's clock):
+
+- ``add``: a request joined; lengths and options, no token of it, and the prediction it was given.
+- ``end``: a request was ended from outside (an abort, a stop string).
+- ``plan``: a step was planned; the plan's digest, or null if nothing could run.
+- ``done``: the oldest step's result was read; seconds it took on the device, requests that ended with a stop
+  token, rows that were bad.
+- ``predict``: a request had outgrown its prediction and got another.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, final
+
+from jaxserve.core.assembly import Assembly
+from jaxserve.core.cost_model import StepCost
+from jaxserve.core.plan import StepPlan, StepResult, plan_digest
+from jaxserve.core.roofline import prior_to_json
+from jaxserve.core.scheduler import RequestUpdate
+from jaxserve.errors import ConfigError
+from jaxserve.request import FinishReason, Request
+
+VERSION = 1
+
+
+@final
+class Recorder:
+    """Writes a recording as the engine runs, on the engine's thread."""
+
+    def __init__(
+        self,
+        write: Callable[[dict[str, Any]], None],
+        assembly: Assembly,
+        prior: StepCost,
+        pipeline_depth: int,
+    ) -> None:
+        self._write = write
+        header = {"version": VERSION, "assembly": assembly.to_json(), "prior": prior_to_json(prior)}
+        write({"e": "header", **header, "pipeline_depth": pipeline_depth})
+
+    def added(self, request: Request, now: float) -> None:
+        self._write(
+            {
+                "e": "add",
+                "t": now,
+                "id": request.id,
+                "arrival": request.arrival_time,
+                "prompt_tokens": request.num_prompt_tokens,
+                "max_tokens": request.max_tokens,
+                "priority": request.priority,
+                "deadline": request.deadline,
+                "parent": request.parent_id,
+                "client": request.client,
+                "predicted": _prediction(request),
+            }
+        )
+
+    def ended(self, request: Request, reason: FinishReason, now: float) -> None:
+        self._write({"e": "end", "t": now, "id": request.id, "reason": reason.value})
+
+    def planned(self, plan: StepPlan | None, now: float) -> None:
+        self._write({"e": "plan", "t": now, "plan": None if plan is None else plan_digest(plan)})
+
+    def collected(
+        self, result: StepResult, updates: Iterable[RequestUpdate], now: float, step_s: float
+    ) -> None:
+        stopped = [u.request.id for u in updates if u.request.finish_reason is FinishReason.STOP]
+        bad = list(result.bad_rows)
+        self._write({"e": "done", "t": now, "step_s": step_s, "stopped": stopped, "bad_rows": bad})
+
+    def predicted_again(self, request: Request) -> None:
+        self._write({"e": "predict", "id": request.id, "predicted": _prediction(request)})
+
+
+def _prediction(request: Request) -> list[float | None]:
+    return [request.predicted_output_tokens, request.predicted_output_upper]
+
+
+def read_recording(path: Path) -> list[dict[str, Any]]:
+    """The records of a file, header first. Raises ConfigError if it is no recording of this version."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        records: list[dict[str, Any]] = [json.loads(line) for line in lines]
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"recording {path}: {error}") from None
+    if not records or records[0].get("e") != "header":
+        raise ConfigError(f"recording {path}: does not begin with a header")
+    if records[0]["version"] != VERSION:
+        raise ConfigError(f"recording {path}: version={records[0]['version']}: must be {VERSION}")
+    return records

@@ -1,0 +1,132 @@
+"""Plays a recording of a running engine again, and compares the plans step by step."""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, final
+
+from jaxserve.core.assembly import Assembly, assemble
+from jaxserve.core.batch import StepBatch
+from jaxserve.core.cost_model import CostModel
+from jaxserve.core.plan import StepPlan, StepResult, plan_digest
+from jaxserve.core.predictor import LengthPrediction
+from jaxserve.core.roofline import prior_from_json
+from jaxserve.engine.engine_core import EngineCore
+from jaxserve.request import FinishReason, Request, SamplingParams
+from jaxserve.simulator.clock import VirtualClock
+from jaxserve.simulator.executor import STOP_TOKEN, TOKEN
+from jaxserve.simulator.instance import without_arrays
+
+
+class Replay(NamedTuple):
+    """What a replay found.
+
+    Attributes:
+        num_steps: plans compared.
+        first_difference: number of the first plan that differs, or None: all are identical.
+        plans: those of the replay.
+    """
+
+    num_steps: int
+    first_difference: int | None
+    plans: list[StepPlan]
+
+
+@final
+class _RecordedPredictor:
+    """Says again what was predicted then."""
+
+    def __init__(self, records: Sequence[Mapping[str, Any]]) -> None:
+        self._predictions: dict[str, deque[LengthPrediction]] = defaultdict(deque)
+        for record in records:
+            if record["e"] in ("add", "predict"):
+                self._predictions[record["id"]].append(LengthPrediction(*record["predicted"]))
+
+    def predict(self, request: Request) -> LengthPrediction:
+        return self._predictions[request.id].popleft()
+
+    def observe(self, request: Request) -> None:
+        pass
+
+
+@final
+class _RecordedExecutor:
+    """Steps take as long as they took then, and end whom they ended."""
+
+    def __init__(self, clock: VirtualClock, records: Sequence[Mapping[str, Any]]) -> None:
+        self._clock = clock
+        self._results = deque(record for record in records if record["e"] == "done")
+        self.plans: list[StepPlan] = []
+
+    def dispatch(self, batch: StepBatch) -> StepPlan:
+        self.plans.append(batch.plan)
+        return batch.plan
+
+    def collect(self, handle: StepPlan) -> StepResult:
+        record = self._results.popleft()
+        self._clock.advance_to(record["t"])
+        stopped = set(record["stopped"])
+        token_ids = [STOP_TOKEN if row.request_id in stopped else TOKEN for row in handle.rows]
+        return StepResult(token_ids, bad_rows=tuple(record["bad_rows"]), device_s=record["step_s"])
+
+
+def replay(records: Sequence[Mapping[str, Any]]) -> Replay:
+    """Feeds arrivals, ends and step times of a recording to a scheduler put together like the recorded one.
+
+    Args:
+        records: as `jaxserve.engine.recording.read_recording` gives them.
+    """
+    header = records[0]
+    clock = VirtualClock(-1.0)
+    executor = _RecordedExecutor(clock, records)
+    costs = CostModel(prior_from_json(header["prior"]))
+    core = EngineCore(
+        scheduler=assemble(Assembly.from_json(header["assembly"]), costs),
+        executor=executor,
+        prepare=without_arrays,
+        predictor=_RecordedPredictor(records),
+        clock=clock,
+        pipeline_depth=header["pipeline_depth"],
+        costs=costs,
+    )
+    recorded: list[str] = []
+    for record in records[1:]:
+        if record["e"] in ("add", "end", "plan"):
+            clock.now = record["t"]
+        if record["e"] == "add":
+            core.add(_request(record))
+        elif record["e"] == "end":
+            core.end(record["id"], FinishReason(record["reason"]))
+        elif record["e"] == "plan":
+            if record["plan"] is not None:
+                recorded.append(record["plan"])
+            core.step()
+            difference = _first_difference(recorded, executor.plans)
+            if difference is not None:
+                return Replay(len(recorded), difference, executor.plans)
+    return Replay(len(recorded), None, executor.plans)
+
+
+def _first_difference(recorded: Sequence[str], plans: Sequence[StepPlan]) -> int | None:
+    """Looks at the newest plan only: those before it were compared in their time."""
+    newest = max(len(recorded), len(plans)) - 1
+    if len(recorded) != len(plans):
+        return newest
+    return newest if recorded and recorded[-1] != plan_digest(plans[-1]) else None
+
+
+def _request(record: Mapping[str, Any]) -> Request:
+    return Request(
+        id=record["id"],
+        prompt_token_ids=range(record["prompt_tokens"]),
+        params=SamplingParams(max_tokens=None),
+        arrival_time=record["arrival"],
+        max_tokens=record["max_tokens"],
+        seed=0,
+        stop_token_ids=frozenset({STOP_TOKEN}),
+        client=record["client"],
+        priority=record["priority"],
+        deadline=record["deadline"],
+        parent_id=record["parent"],
+    )

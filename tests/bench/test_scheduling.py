@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bench import scheduling, seed_tables
+from bench.results import read_results
+from jaxserve.simulator.simulation import FinishedRequest, SimulationResult
+
+
+def test_every_part_runs_small_and_says_what_machine_it_was(tmp_path: Path, capsys) -> None:
+    path = tmp_path / "out.jsonl"
+    # A folder without traces: lengths are drawn, and the workload's name says so.
+    flags = ["--traces", str(tmp_path), "--output", str(path)]
+    assert scheduling.main(["--parts", "bursts", "--requests", "400", *flags]) == 0
+    assert scheduling.main(["--parts", "starvation,ladder", "--requests", "80", *flags]) == 0
+    records = read_results([path])
+    assert all("uncalibrated" in record["machine"] for record in records)
+    values = {(r["case"], r["workload"], r.get("arrivals"), r["metric"]): r["value"] for r in records}
+    rungs = [
+        r["case"] for r in records if r["workload"].startswith("seed-burst") and r["metric"] == "ttft_p50_s"
+    ]
+    assert rungs[:4] == ["static", "dynamic", "iteration-level", "chunked"]
+    burst = "chats-and-bursts-of-prompts"
+    worst = {
+        case: values[case, burst, None, "itl_p99_ms"] for case in ("unchunked", "chunked-2048", "slo-25ms")
+    }
+    assert worst["unchunked"] > worst["chunked-2048"] > worst["slo-25ms"]
+    for case in ("sjf-8s", "sjf-60s", "mlfq", "priority"):
+        stream = "short-stream-at-1.5"
+        assert values[case, stream, None, "wait_max_s"] <= values[case, stream, None, "wait_bound_s"]
+    assert any(name.endswith("-synthetic") for _, name, _, _ in values)
+    capsys.readouterr()
+
+
+def test_wait_bound_by_hand() -> None:
+    """Starts at 0, 10, 20, 30 s: one in ten seconds. Cap 5 s; two are promoted while others wait."""
+    starts, arrivals = [0.0, 10.0, 20.0, 30.0], [0.0, 0.0, 1.0, 28.0]
+    requests = [
+        FinishedRequest(str(i), 0, "", 1, 1, arrival, start, start + 1, start + 1, 0)
+        for i, (arrival, start) in enumerate(zip(arrivals, starts, strict=True))
+    ]
+    result = SimulationResult(requests, [], [], {})
+    # The request of 1.0 is promoted at 6.0, when that of 0.0 still waits: two starts, 20 s.
+    assert scheduling.wait_bound_s(result, 5.0) == pytest.approx(5.0 + 20.0)
+
+
+def test_unknown_parts_are_refused() -> None:
+    with pytest.raises(SystemExit):
+        scheduling.main(["--parts", "magic"])
+
+
+def test_seed_tables_label_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(seed_tables, "COUNT", 40)
+    path = tmp_path / "out.jsonl"
+    assert seed_tables.main(["--output", str(path)]) == 0
+    records = read_results([path])
+    assert {record["evidence"] for record in records} == {"simulated"}
+    assert all(
+        record["explanation"] and "simulated (uncalibrated)" in record["machine"] for record in records
+    )
+    main_table = [(r["case"], r["metric"], r["seed"]) for r in records if "seed" in r][:3]
+    assert main_table == [
+        ("static", "output_tok_s", 800), ("continuous", "output_tok_s", 2400), ("smart", "output_tok_s", 7200)
+    ]  # fmt: skip
+    values = {(r["case"], r["metric"]): r["value"] for r in records}
+    assert values["typical-static", "output_tok_s"] < values["static-32", "output_tok_s"]
+    assert values["static-32", "output_tok_s"] < values["continuous-32", "output_tok_s"]
+    assert "article" in capsys.readouterr().out

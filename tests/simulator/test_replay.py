@@ -1,0 +1,148 @@
+"""A recorded run, played again in the simulator, makes the same plans step by step."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxserve import LLM, SamplingParams
+from jaxserve.cli.simulate import main
+from jaxserve.core.cost_model import UnknownDevice
+from jaxserve.core.policies.registry import ADMISSIONS, COMPOSITIONS, ORDERINGS
+from jaxserve.engine.recording import Recorder, read_recording
+from jaxserve.errors import ConfigError
+from jaxserve.request import FinishReason, Request
+from jaxserve.simulator.replay import replay
+from tests.support.engine_parts import ManualClock, make_core, make_request, random_prompt
+from tests.support.fake_executor import FakeExecutor
+from tests.support.tiny_checkpoint import write_tiny_checkpoint
+
+
+def live_run(seed: int, depth: int = 1, **policies: Any) -> tuple[list[dict[str, Any]], FakeExecutor]:
+    """Random traffic with stops, siblings, aborts, deadlines and too little memory, recorded."""
+    rng, clock, records = random.Random(seed), ManualClock(), list[dict[str, Any]]()
+    core, fake = make_core(
+        num_slots=4, num_pages=26, pipeline_depth=depth, clock=clock, max_wait_s=0.2, batch_window_s=0.05,
+        recorder=lambda assembly: Recorder(records.append, assembly, UnknownDevice(), depth), **policies,
+    )  # fmt: skip
+    requests: list[Request] = []
+    for index in range(30):
+        parent = requests[-1] if requests and rng.random() < 0.2 else None
+        prompt = parent.prompt_token_ids if parent else random_prompt(rng, 40)
+        request = make_request(
+            f"r{index}", prompt, rng.randint(5, 24), seed=index, arrival=clock.now,
+            stop_token_ids=frozenset({rng.randrange(101)}), parent_id=parent.id if parent else None,
+            priority=rng.randint(-1, 1), client=f"c{index % 3}", min_tokens=rng.choice([0, 0, 5]),
+            deadline=clock.now + 0.5 if rng.random() < 0.1 else None,
+        )  # fmt: skip
+        requests.append(request)
+        core.add(request)
+        for _ in range(rng.randint(0, 4)):
+            core.step()
+            clock.now += rng.uniform(0.001, 0.03)
+        if rng.random() < 0.1:
+            core.end(rng.choice(requests).id, FinishReason.ABORT)
+    for _ in range(20_000):
+        if not core.has_work:
+            return records, fake
+        core.step()
+        clock.now += rng.uniform(0.001, 0.03)
+    raise AssertionError("the live run does not end")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**20),
+    depth=st.integers(0, 2),
+    ordering=st.sampled_from(sorted(ORDERINGS)),
+    batching=st.sampled_from(sorted(ADMISSIONS)),
+    composition=st.sampled_from(sorted(COMPOSITIONS)),
+)
+def test_any_recorded_run_replays_to_identical_plans(
+    seed: int, depth: int, ordering: str, batching: str, composition: str
+) -> None:
+    records, fake = live_run(seed, depth, ordering=ordering, batching=batching, composition=composition)
+    found = replay(json.loads(json.dumps(records)))
+    assert found.first_difference is None
+    assert found.num_steps == fake.num_dispatched > 20
+    live = [batch.plan for batch in fake.batches]
+    assert [plan.rows for plan in found.plans] == [plan.rows for plan in live]
+    assert [plan.page_updates for plan in found.plans] == [plan.page_updates for plan in live]
+
+
+@pytest.mark.parametrize("change", ["missing", "slow", "longer", "order"])
+def test_a_replay_notices_what_was_changed(change: str) -> None:
+    """Each change alters what a scheduler was given; a comparison that looks at nothing would pass."""
+    records, _ = live_run(3, ordering="sjf", composition="slo")
+    changed = json.loads(json.dumps(records))
+    adds = [i for i, record in enumerate(changed) if record["e"] == "add"]
+    if change == "missing":
+        del changed[adds[10]]
+    elif change == "slow":  # deadlines pass earlier
+        for record in changed[1:]:
+            record["t"] = record.get("t", 0.0) * 20
+    elif change == "longer":
+        for record in changed:
+            if record["e"] == "done":
+                record["stopped"] = []
+    else:
+        changed[0]["assembly"]["scheduler"]["ordering"] = "spf"
+    assert replay(changed).first_difference is not None
+
+
+def test_a_real_engine_replays_to_identical_plans(tmp_path: Path, capsys) -> None:
+    """A tiny model on real devices, a thread, a wall clock, siblings, stop strings, preemption."""
+    path, decisions = tmp_path / "run.jsonl", tmp_path / "why.jsonl"
+    options: dict[str, Any] = {
+        "dtype": "float32",
+        "max_num_seqs": 4,
+        "max_num_batched_tokens": 32,
+        "row_buckets": (4,),
+        "token_buckets": (12, 32),
+        "max_model_len": 128,
+        "page_size": 8,
+        "num_pages": 24,
+        "compile_cache": False,
+        "use_tqdm": False,
+        "ordering": "sjf",
+        "composition": "phase",
+        "record": str(path),
+        "decision_log": str(decisions),
+    }
+    rng = random.Random(0)
+    prompts = [[rng.randrange(256) for _ in range(rng.randint(1, 60))] for _ in range(24)]
+    params = [SamplingParams(n=1 + i % 2, max_tokens=3 + 2 * i, seed=i, stop="a") for i in range(24)]
+    with LLM(str(write_tiny_checkpoint(tmp_path / "tiny")), **options) as llm:
+        llm.generate(prompts, params, use_tqdm=False)
+        for output in llm.stream(prompts[0], SamplingParams(max_tokens=60, seed=1)):
+            if len(output.outputs[0].token_ids) > 5:
+                break  # aborts it
+        steps = llm.stats()["num_steps"]
+    records = read_recording(path)
+    found = replay(records)
+    assert found.first_difference is None
+    assert found.num_steps >= steps > 50
+    assert any(record["e"] == "end" for record in records)
+    assert main(["--replay", str(path)]) == 0
+    assert capsys.readouterr().out == f"{found.num_steps} plans, all identical\n"
+    admitted = [json.loads(line) for line in decisions.read_text().splitlines()]
+    assert sum(record["decision"] == "admit" for record in admitted) >= 36
+    assert not any("prompt" in record for record in records), "no token leaves the engine"
+
+
+def test_what_is_no_recording_is_refused(tmp_path: Path) -> None:
+    for text in ("", "{}\n", "hello", '{"e": "header", "version": 99}\n'):
+        path = tmp_path / "file.jsonl"
+        path.write_text(text)
+        with pytest.raises(ConfigError, match="recording"):
+            read_recording(path)
+    with pytest.raises(ConfigError, match="recording"):
+        read_recording(tmp_path / "missing.jsonl")
+    with pytest.raises(ConfigError, match="record="):
+        LLM("tiny", record=str(tmp_path / "no" / "folder.jsonl"))
