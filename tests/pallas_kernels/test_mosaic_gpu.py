@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,8 @@ def lower_for_h100(
     shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.dtype(dtype))
     kv = shape((tokens, kv_heads, head_dim))
     integers = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-    metadata = AttentionMetadata(integers((rows, 16)), integers((rows,)), integers((rows + 1,)), max_q_len)
+    shapes: list[Any] = [integers((rows, 16)), integers((rows,)), integers((rows + 1,))]
+    metadata = AttentionMetadata(*shapes, max_q_len)
     attend = functools.partial(
         ragged_paged_attention,
         scale=head_dim**-0.5,

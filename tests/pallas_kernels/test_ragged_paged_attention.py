@@ -47,11 +47,11 @@ def cases_of(implementation: str) -> list[tuple[str, str]]:
 every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("scale", "sliding_window", "soft_cap", "implementation"), donate_argnums=3
+run = jax.jit(
+    ragged_paged_attention,
+    static_argnames=("scale", "sliding_window", "soft_cap", "implementation"),
+    donate_argnums=3,
 )
-def run(q, k, v, kv_pages, metadata, **options):
-    return ragged_paged_attention(q, k, v, kv_pages, metadata, **options)
 
 
 def scale_of(spec: ArgSpec) -> float:
@@ -74,7 +74,7 @@ def result(name: str, dtype: str, implementation: str):
 def attend(spec: ArgSpec, arrays, metadata: AttentionMetadata, implementation: str):
     """Output as float64 and the cache; the caller's arrays stay alive."""
     with able_to_run(implementation):
-        out, kv_pages = (run.__wrapped__ if implementation in EAGER else run)(
+        out, kv_pages = (ragged_paged_attention if implementation in EAGER else run)(
             *arrays[:3],
             jnp.array(np.asarray(arrays[3])),
             metadata,
