@@ -92,7 +92,7 @@ def arguments(**changes: Any) -> dict[str, Any]:
         ({"q": jnp.zeros((4, 5, 8))}, "q has 5 heads: must be a multiple of the 2 kv heads"),
         ({"k": jnp.zeros((4, 3, 8))}, r"k has shape \(4, 3, 8\): must be \(4, 2, 8\)"),
         ({"v": jnp.zeros((3, 2, 8))}, r"v has shape \(3, 2, 8\): must be \(4, 2, 8\)"),
-        ({"kv_pages": jnp.zeros((7, 16, 4, 16))}, "kv_pages holds heads of 16 elements: q has 8"),
+        ({"kv_pages": jnp.zeros((7, 16, 4, 24))}, "kv_pages holds heads of 24 elements: q has 8"),
         ({"kv_pages": jnp.zeros((7, 16, 32))}, "kv_pages has shape"),
         ({"kv_pages": jnp.zeros((7, 16, 4, 8), jnp.int8)}, "kv_pages is int8"),
         ({"kv_lens": jnp.zeros(2)}, r"kv_lens is float32\[2\]: must be int32 with 1 axes"),

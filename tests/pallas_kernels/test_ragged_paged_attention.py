@@ -47,8 +47,12 @@ def cases_of(implementation: str) -> list[tuple[str, str]]:
 every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
 
+def call(q, k, v, kv_pages, metadata, **options):
+    return ragged_paged_attention(q, k, v, kv_pages, metadata, **options)
+
+
 run = jax.jit(
-    ragged_paged_attention,
+    call,
     static_argnames=("scale", "sliding_window", "soft_cap", "implementation"),
     donate_argnums=3,
 )
@@ -74,9 +78,12 @@ def result(name: str, dtype: str, implementation: str):
 def attend(spec: ArgSpec, arrays, metadata: AttentionMetadata, implementation: str):
     """Output as float64 and the cache; the caller's arrays stay alive."""
     with able_to_run(implementation):
-        out, kv_pages = (ragged_paged_attention if implementation in EAGER else run)(
-            *arrays[:3],
-            jnp.array(np.asarray(arrays[3])),
+        q, k, v, kv_pages = arrays
+        out, kv_pages = (call if implementation in EAGER else run)(
+            q,
+            k,
+            v,
+            jnp.array(np.asarray(kv_pages)),
             metadata,
             scale=scale_of(spec),
             sliding_window=spec.sliding_window,

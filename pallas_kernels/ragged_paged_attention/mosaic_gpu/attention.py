@@ -65,6 +65,8 @@ def _check(q: jax.Array, kv_pages: jax.Array) -> None:
             f"q is {q.dtype} and kv_pages {kv_pages.dtype}: must both be bfloat16 or float16"
         )
     page_size, head_dim = kv_pages.shape[1], q.shape[2]
+    if kv_pages.shape[3] != head_dim:
+        raise NotImplementedError("kv_pages is packed: must not be")
     if page_size < 8 or page_size & (page_size - 1):
         raise NotImplementedError(f"page_size={page_size}: must be a power of two, 8 or more")
     if head_dim % 32 or head_dim > 256:
