@@ -35,8 +35,10 @@ def lower_for_h100(
     shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.dtype(dtype))
     kv = shape((tokens, kv_heads, head_dim))
     integers = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-    shapes: list[Any] = [integers((rows, 16)), integers((rows,)), integers((rows + 1,))]
-    metadata = AttentionMetadata(*shapes, max_q_len)
+    table: Any = integers((rows, 16))
+    lengths: Any = integers((rows,))
+    starts: Any = integers((rows + 1,))
+    metadata = AttentionMetadata(table, lengths, starts, max_q_len)
     attend = functools.partial(
         ragged_paged_attention,
         scale=head_dim**-0.5,
