@@ -3,7 +3,8 @@
     python bench/tpu_memory.py --topology v6e:2x2 --output bench/results/tpu_memory.jsonl
 
 Compiles the decode step of 64 rows and the largest mixed step with every layer and the whole vocabulary,
-which takes minutes; CI compiles the same with two layers.
+which takes minutes; CI compiles some of the same with two layers. ``--every`` goes over one, four and eight
+devices of each generation.
 """
 
 from __future__ import annotations
@@ -32,33 +33,43 @@ from jaxserve.runner.ahead_of_time import (  # noqa: E402
 _GIB = 2**30
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Prints two steps' memory; 1 if one does not fit."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--model", choices=tuple(MODELS), default="llama-3.1-8b")
-    parser.add_argument("--topology", default="v6e:2x2")
-    parser.add_argument("--tensor-parallel-size", type=int, default=1)
-    parser.add_argument("--max-model-len", type=int, default=32768)
-    add_output_flag(parser)
-    args = parser.parse_args(argv)
-    hf: Any = MODELS[args.model]
-    config = EngineConfig.from_flat(
-        {"tensor_parallel_size": args.tensor_parallel_size, "max_model_len": args.max_model_len}
-    )
-    devices = topology_devices(args.topology)
+# Topology and devices that one engine takes of it: one, four and eight of each generation, where 8B fits.
+EVERY = (
+    ("v5e:2x2", 4),
+    ("v5e:2x4", 8),
+    ("v5p:2x2x1", 1),
+    ("v5p:2x2x1", 4),
+    ("v5p:2x2x2", 8),
+    ("v6e:2x2", 1),
+    ("v6e:2x2", 4),
+    ("v6e:2x4", 8),
+    ("tpu7x:2x2x1", 1),
+    ("tpu7x:2x2x1", 4),
+    ("tpu7x:2x2x1", 8),
+)
+
+
+def measure(
+    hf: dict[str, Any], topology: str, num_devices: int, max_model_len: int, results: Results
+) -> bool:
+    """Compiles two steps and records what they need; whether both fit."""
+    config = EngineConfig.from_flat({"tensor_parallel_size": num_devices, "max_model_len": max_model_len})
+    devices = topology_devices(topology)
     planned, resolved = plan_engine(config, find_family(hf).config_from_hf(hf), devices, Tpu)
     limit = chip_of(devices[0]).hbm_bytes
-    device = f"compiled, not run: {args.tensor_parallel_size} of {args.topology}"
-    results = Results("tpu_memory", device, args.output)
     fits = True
     for bucket in (Bucket(64, 64), Bucket(resolved.ladder.token_budget, resolved.ladder.mixed_rows)):
         compile_one = functools.partial(compile_steps, config, planned, resolved, [bucket])
         programs, seconds = timed(compile_one)
         report = report_step(bucket, programs.step(bucket), cache_shapes(planned, resolved)[0], seconds)
         case = f"{'decode' if bucket.is_decode else 'mixed'}_{bucket.tokens}"
-        more = {"model": args.model, "num_pages": resolved.num_pages, "limit_gib": round(limit / _GIB, 2)}
+        more = {
+            "layers": hf["num_hidden_layers"],
+            "vocab": hf["vocab_size"],
+            "num_pages": resolved.num_pages,
+            "limit_gib": round(limit / _GIB, 2),
+            "kernels": report.custom_calls["tpu_custom_call"],
+        }
         results.add(case, "arguments", report.argument_bytes / _GIB, "GiB", **more)
         results.add(case, "temporaries", report.temporary_bytes / _GIB, "GiB", **more)
         results.add(case, "written_in_place", report.aliased_bytes / _GIB, "GiB", **more)
@@ -66,6 +77,33 @@ def main(argv: list[str] | None = None) -> int:
         results.add(case, "host_transfers", report.host_transfers, "instructions", **more)
         results.add(case, "compile_s", seconds, "s", **more)
         fits &= report.argument_bytes + report.temporary_bytes <= limit
+    return fits
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints two steps' memory for each target; 1 if one does not fit."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--model", choices=tuple(MODELS), default="llama-3.1-8b")
+    parser.add_argument("--topology", default="v6e:2x2")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1)
+    parser.add_argument("--every", action="store_true", help="every generation in place of one topology")
+    parser.add_argument("--max-model-len", type=int, default=32768)
+    parser.add_argument("--layers", type=int, help="default: the model's; two compile in a tenth of the time")
+    parser.add_argument("--vocab", type=int, help="default: the model's")
+    add_output_flag(parser)
+    args = parser.parse_args(argv)
+    hf: Any = MODELS[args.model]
+    hf = hf | {
+        "num_hidden_layers": args.layers or hf["num_hidden_layers"],
+        "vocab_size": args.vocab or hf["vocab_size"],
+    }
+    fits = True
+    for topology, num_devices in EVERY if args.every else ((args.topology, args.tensor_parallel_size),):
+        device = f"compiled, not run: {num_devices} of {topology}"
+        results = Results("tpu_memory", f"{device}, {args.model}", args.output)
+        fits &= measure(hf, topology, num_devices, args.max_model_len, results)
     return 0 if fits else 1
 
 
