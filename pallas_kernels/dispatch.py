@@ -7,11 +7,15 @@ next one in the platform's order is tried. Any other exception is a bug and pass
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 AUTO = "auto"
+
+_LOG = logging.getLogger(__name__)
 
 
 class NoImplementationError(ExceptionGroup[NotImplementedError]):
@@ -52,10 +56,13 @@ class Operation:
         refusals: list[NotImplementedError] = []
         for name in names:
             try:
-                return self._load(name)(*args, **kwargs)
+                result = self._load(name)(*args, **kwargs)
             except NotImplementedError as refusal:
                 refusal.add_note(f"from the {name!r} implementation of {self.name}")
                 refusals.append(refusal)
+            else:
+                _announce(self.name, name, platform, tuple(map(str, refusals)))
+                return result
         raise NoImplementationError(
             f"no implementation of {self.name} on {platform} takes this input", refusals
         )
@@ -67,3 +74,9 @@ class Operation:
             raise ValueError(f"implementation={name!r}: {self.name} has {known}")
         module, function = target.split(":")
         return getattr(importlib.import_module(module), function)
+
+
+@functools.cache  # once each, not in every trace
+def _announce(operation: str, name: str, platform: str, refusals: tuple[str, ...]) -> None:
+    reasons = "".join(f" ({refusal})" for refusal in refusals)
+    _LOG.info("%s on %s: %s%s", operation, platform, name, reasons)

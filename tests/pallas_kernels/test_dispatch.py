@@ -46,6 +46,17 @@ def test_auto_takes_the_first_that_accepts(operation: Operation) -> None:
     assert operation(10, implementation="auto", platform="gpu") == 5
 
 
+def test_the_choice_is_logged_once_with_what_was_refused(
+    operation: Operation, caplog: pytest.LogCaptureFixture
+) -> None:
+    operation = dataclasses.replace(operation, name="another")
+    with caplog.at_level("INFO"):
+        for _ in range(2):
+            operation(12, implementation="auto", platform="gpu")
+            operation(12, implementation="double", platform="gpu")
+    assert [record.getMessage() for record in caplog.records] == ["another on gpu: only_even (never)"]
+
+
 def test_all_refusals_come_in_one_group(operation: Operation) -> None:
     with pytest.raises(NoImplementationError, match="no implementation of halve on gpu") as caught:
         operation(11, implementation="auto", platform="gpu")
