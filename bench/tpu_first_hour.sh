@@ -26,7 +26,10 @@ for attention in mosaic_tpu xla; do
 done
 cmp "$out"/answer-mosaic_tpu.txt "$out"/answer-xla.txt
 
-step "4. A bundle that is compiled without the chips is taken by an engine on them"
+step "4. Serving speed; compare with the bounds in bench/results/tpu_roofline.jsonl"
+run jaxserve bench --workload uniform --requests 256 --batch-sizes 8,64 --repeats 3 --output "$out/bench.jsonl"
+
+step "5. A bundle that is compiled without the chips is taken by an engine on them"
 chip=$(run python -c 'import jax
 from jaxserve.platforms.tpu import chip_of
 print(chip_of(jax.devices()[0]).name)')
@@ -37,8 +40,5 @@ before=$(find "$out/bundle/xla" -name 'jit_step*' | wc -l)
 run jaxserve generate "Water boils at" --max-tokens 8 --bundle "$out/bundle"
 after=$(find "$out/bundle/xla" -name 'jit_step*' | wc -l)
 test "$before" -eq "$after" || { echo "the engine compiled steps again: bundles do not carry over"; exit 1; }
-
-step "5. Serving speed; compare with the bounds in bench/results/tpu_roofline.jsonl"
-run jaxserve bench --workload uniform --requests 256 --batch-sizes 8,64 --repeats 3 --output "$out/bench.jsonl"
 
 step "Done: $out. Please attach it to an issue, good or bad."
