@@ -16,14 +16,18 @@ import argparse
 import json
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+# transformers looks for a package named `kernels`, and the script's folder has a file of that name.
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel  # noqa: E402
 
 
 def commit() -> str | None:
