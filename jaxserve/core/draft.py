@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import cast
+import functools
+from typing import Final, cast
 
 from jaxserve.core.plan import Admission, PageUpdate, ScheduledRow
 from jaxserve.request import Request
+
+# A third of the time of the named constructor, in a loop that runs for every token.
+_make_row: Final = functools.partial(tuple.__new__, ScheduledRow)
 
 
 @dataclasses.dataclass(slots=True)
@@ -33,14 +37,13 @@ class Draft:
         """
         rows, owners = self.rows, self.owners
         prefills: list[Request] = []
-        make_row, row_type = tuple.__new__, ScheduledRow  # a third of the time of the named constructor
         for request in running:
             end = request.num_tokens
             start = request.num_computed_tokens
             if end - start > 1:
                 prefills.append(request)
             elif end < request.max_num_tokens and end != start:  # else the last token is being sampled
-                rows.append(make_row(row_type, (request.id, request.slot, start, 1, True)))
+                rows.append(_make_row((request.id, request.slot, start, 1, True)))
                 owners.append(request)
                 request.num_computed_tokens = end
                 request.num_tokens = end + 1

@@ -101,7 +101,7 @@ class StepPlan:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.rows) if self.bucket.is_decode else sum([row[3] for row in self.rows])
+        return len(self.rows) if self.bucket.is_decode else sum([row.num_tokens for row in self.rows])
 
 
 def plan_digest(plan: StepPlan) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import random
@@ -109,21 +110,19 @@ def build_engine(config: EngineConfig, *, progress: bool = True) -> Engine:
         ConfigError, ModelNotFoundError, CheckpointError: before anything was started.
     """
     config = with_bundle(config)
-    journals = Journals(config.scheduler)
-    try:
+    opened = contextlib.ExitStack()
+    with contextlib.ExitStack() as on_failure:
+        on_failure.callback(opened.close)
+        journals = Journals(config.scheduler)
+        opened.callback(journals.close)
         model = load_model(config, progress=progress)
         resolved, runner = make_runner(config, model, progress=progress)
+        opened.callback(runner.close)
         prior = _device_prior(model, resolved.dtype)
         core = make_core(config, resolved, runner, runner.prepare, prior=prior, journals=journals)
-    except BaseException:
-        journals.close()
-        raise
-
-    def close() -> None:
-        journals.close()
-        runner.close()
-
-    return make_engine(config, model, resolved, runner, core, on_close=close)
+        engine = make_engine(config, model, resolved, runner, core, on_close=opened.close)
+        on_failure.pop_all()
+    return engine
 
 
 def load_model(config: EngineConfig, *, progress: bool = True) -> LoadedModel:

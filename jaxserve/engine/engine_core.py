@@ -145,8 +145,8 @@ class EngineCore[Handle]:
         updates += self._scheduler.take_ended()
         finished = self.stats.finished
         for update in updates:
-            if update[3] and update[0].finish_reason is not None:
-                reason = update[0].finish_reason.value
+            if update.finished and update.request.finish_reason is not None:
+                reason = update.request.finish_reason.value
                 finished[reason] = finished.get(reason, 0) + 1
         return updates
 
@@ -170,12 +170,12 @@ class EngineCore[Handle]:
         if self._costs is not None:
             self._costs.observe(plan.bucket, features_of(plan), step_s)
         for update in updates:
-            if update[0].finish_reason is FinishReason.STOP:
-                self._predictor.observe(update[0])
+            if update.request.finish_reason is FinishReason.STOP:
+                self._predictor.observe(update.request)
         for request in self._scheduler.take_outgrown():
             self._predict(request)
             if self._recorder is not None:
                 self._recorder.predicted_again(request)
-        num_bad = sum(update[1] is None for update in updates) if result.bad_rows else 0
+        num_bad = sum(update.token_id is None for update in updates) if result.bad_rows else 0
         stats.output_tokens += len(updates) - num_bad
         return step_s

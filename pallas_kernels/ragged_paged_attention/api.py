@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import jax
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 from jaxserve.pallas_kernels.dispatch import AUTO, Operation
 from jaxserve.pallas_kernels.layout import KVLayout, unpacked
 from jaxserve.pallas_kernels.ragged_paged_attention.metadata import AttentionMetadata as AttentionMetadata
+from jaxserve.pallas_kernels.ragged_paged_attention.variant import AttentionVariant
 
 Implementation = Literal["auto", "reference", "xla", "mosaic_gpu", "mosaic_tpu"]
 
@@ -75,16 +75,13 @@ def ragged_paged_attention(
     kv_pages = unpacked(kv_pages, q.shape[-1]) if len(stored) == 4 else kv_pages
     _check_arrays(q, k, v, kv_pages)
     _check_metadata(metadata, num_tokens=q.shape[0])
-    _check_options(scale, sliding_window, soft_cap)
     out, kv_pages = RAGGED_PAGED_ATTENTION(
         q,
         k,
         v,
         kv_pages,
         metadata,
-        scale=scale,
-        sliding_window=sliding_window,
-        soft_cap=soft_cap,
+        AttentionVariant(scale=scale, sliding_window=sliding_window, soft_cap=soft_cap),
         implementation=implementation,
         platform=jax.default_backend() if platform is None else platform,
     )
@@ -130,12 +127,3 @@ def _check_metadata(metadata: AttentionMetadata, *, num_tokens: int) -> None:
         raise ValueError(
             f"max_q_len={metadata.max_q_len}: must be in [1, {num_tokens}], the number of tokens"
         )
-
-
-def _check_options(scale: float, sliding_window: int | None, soft_cap: float | None) -> None:
-    if not math.isfinite(scale):
-        raise ValueError(f"scale={scale}: must be finite")
-    if sliding_window is not None and sliding_window < 1:
-        raise ValueError(f"sliding_window={sliding_window}: must be at least 1, or None")
-    if soft_cap is not None and not (math.isfinite(soft_cap) and soft_cap > 0.0):
-        raise ValueError(f"soft_cap={soft_cap}: must be positive and finite, or None")

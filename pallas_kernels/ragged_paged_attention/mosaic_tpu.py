@@ -21,6 +21,7 @@ from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_tpu_blocks import VME
 from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_tpu_kernel import kernel
 from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_tpu_types import LANES, KernelConfig
 from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_tpu_work import WorkList, make_work
+from jaxserve.pallas_kernels.ragged_paged_attention.variant import AttentionVariant
 
 NAME = "ragged_paged_attention_tpu"
 
@@ -35,10 +36,7 @@ def ragged_paged_attention(
     v: jax.Array,
     kv_pages: jax.Array,
     metadata: AttentionMetadata,
-    *,
-    scale: float,
-    sliding_window: int | None,
-    soft_cap: float | None,
+    variant: AttentionVariant,
 ) -> tuple[jax.Array, jax.Array]:
     """See `jaxserve.pallas_kernels.ragged_paged_attention.api.ragged_paged_attention`.
 
@@ -58,9 +56,7 @@ def ragged_paged_attention(
     blocks = choose_blocks(layout, group, q.dtype.itemsize, metadata)
     work = make_work(metadata, num_tokens, blocks.q_tokens, blocks.cores)
     config = KernelConfig(
-        scale=scale,
-        sliding_window=sliding_window,
-        soft_cap=soft_cap,
+        variant=variant,
         page_size=layout.page_size,
         max_pages=metadata.page_table.shape[1],
         kv_heads=layout.num_kv_heads,

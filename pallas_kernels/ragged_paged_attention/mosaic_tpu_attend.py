@@ -120,8 +120,8 @@ def _inside_or_on_the_edge(
 ) -> None:
     """Runs the code for blocks that every token of the item sees wholly, or the one that masks."""
     is_inside = start + config.kv_tokens <= item.position + 1
-    if config.sliding_window is not None:
-        is_inside &= start > item.end - 1 - config.sliding_window
+    if config.variant.sliding_window is not None:
+        is_inside &= start > item.end - 1 - config.variant.sliding_window
     pl.when(is_inside)(functools.partial(attend, False))
     pl.when(~is_inside)(functools.partial(attend, True))
 
@@ -149,18 +149,20 @@ def _seen(config: KernelConfig, position: jax.Array, num_tokens: int) -> jax.Arr
     if num_tokens > 1:
         query += lax.div(lax.broadcasted_iota(jnp.int32, shape, 0), config.group)
     seen = key <= query
-    if config.sliding_window is not None:
-        seen &= key > query - config.sliding_window
+    if config.variant.sliding_window is not None:
+        seen &= key > query - config.variant.sliding_window
     return seen
 
 
 def _scores(config: KernelConfig, queries: jax.Array, keys: jax.Array, seen: jax.Array | None) -> jax.Array:
     """Scaled, capped and masked scores, times log2(e)."""
     scores = _product(queries, keys, contract_keys=1)
-    if config.soft_cap is None:
-        scores *= config.scale * _LOG2_E
+    if config.variant.soft_cap is None:
+        scores *= config.variant.scale * _LOG2_E
     else:
-        scores = jnp.tanh(scores * (config.scale / config.soft_cap)) * (config.soft_cap * _LOG2_E)
+        scores = jnp.tanh(scores * (config.variant.scale / config.variant.soft_cap)) * (
+            config.variant.soft_cap * _LOG2_E
+        )
     return scores if seen is None else jnp.where(seen, scores, _MASKED)
 
 

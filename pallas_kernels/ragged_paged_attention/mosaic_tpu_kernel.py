@@ -92,8 +92,8 @@ def _item(refs: Refs, config: KernelConfig, index: jax.Array) -> Item:
     count = jnp.minimum(end - start - first, config.q_tokens)
     position = refs.kv_lens[row] - (end - start) + first
     first_key = jnp.int32(0)
-    if config.sliding_window is not None:
-        first_key = jnp.maximum(position - config.sliding_window + 1, 0)
+    if config.variant.sliding_window is not None:
+        first_key = jnp.maximum(position - config.variant.sliding_window + 1, 0)
     first_page = lax.div(first_key, config.page_size)
     num_pages = pl.cdiv(position + count, config.page_size) - first_page
     num_blocks = pl.cdiv(num_pages, config.kv_pages)

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxserve.pallas_kernels.ragged_paged_attention.variant import AttentionVariant
+
 LANES = 128
 
 
@@ -16,7 +18,7 @@ class KernelConfig:
     """What is fixed when the kernel is traced.
 
     Attributes:
-        scale, sliding_window, soft_cap: see `api.ragged_paged_attention`.
+        variant: scale, sliding window, soft cap.
         page_size: tokens in a page.
         max_pages: columns of the page table.
         kv_heads: key/value heads on this device.
@@ -32,9 +34,7 @@ class KernelConfig:
         items_per_core: entries of a core's work list.
     """
 
-    scale: float
-    sliding_window: int | None
-    soft_cap: float | None
+    variant: AttentionVariant
     page_size: int
     max_pages: int
     kv_heads: int

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jaxserve.pallas_kernels.layout import interleave
 from jaxserve.pallas_kernels.ragged_paged_attention.metadata import AttentionMetadata, token_places
+from jaxserve.pallas_kernels.ragged_paged_attention.variant import AttentionVariant
 
 
 def ragged_paged_attention(
@@ -19,10 +20,7 @@ def ragged_paged_attention(
     v: jax.Array,
     kv_pages: jax.Array,
     metadata: AttentionMetadata,
-    *,
-    scale: float,
-    sliding_window: int | None,
-    soft_cap: float | None,
+    variant: AttentionVariant,
 ) -> tuple[jax.Array, jax.Array]:
     """See `jaxserve.pallas_kernels.ragged_paged_attention.api.ragged_paged_attention`."""
     places = token_places(metadata, q.shape[0], kv_pages.shape)
@@ -37,11 +35,11 @@ def ragged_paged_attention(
         positions = jnp.where(places.row == row, places.position, -1)
         key_position = jnp.arange(context.shape[0])
         needed = key_position < metadata.kv_lens[row]
-        if sliding_window is not None:
+        if variant.sliding_window is not None:
             first_query = metadata.kv_lens[row] - (metadata.cu_q_lens[row + 1] - metadata.cu_q_lens[row])
-            needed &= key_position > first_query - sliding_window
+            needed &= key_position > first_query - variant.sliding_window
         context = jnp.where(needed[:, None, None], context, 0.0)  # what lies elsewhere may be NaN
-        attended = _dense_attention(queries, context, positions, scale, sliding_window, soft_cap)
+        attended = _dense_attention(queries, context, positions, variant)
         return jnp.where((positions >= 0)[:, None, None], attended, out)
 
     out = jax.lax.fori_loop(0, num_rows, add_row, jnp.zeros(q.shape, jnp.float32))
@@ -52,21 +50,19 @@ def _dense_attention(
     queries: jax.Array,  # [tokens, q_heads, head_dim]
     context: jax.Array,  # [length, 2 * kv_heads, head_dim]
     positions: jax.Array,  # [tokens]; a token at -1 sees nothing and gets zeros
-    scale: float,
-    sliding_window: int | None,
-    soft_cap: float | None,
+    variant: AttentionVariant,
 ) -> jax.Array:
     group = queries.shape[1] // (context.shape[1] // 2)
     keys = jnp.repeat(context[:, 0::2], group, axis=1)
     values = jnp.repeat(context[:, 1::2], group, axis=1)
     highest = jax.lax.Precision.HIGHEST
-    scores = jnp.einsum("thd,khd->htk", queries, keys, precision=highest) * scale
-    if soft_cap is not None:
-        scores = soft_cap * jnp.tanh(scores / soft_cap)
+    scores = jnp.einsum("thd,khd->htk", queries, keys, precision=highest) * variant.scale
+    if variant.soft_cap is not None:
+        scores = variant.soft_cap * jnp.tanh(scores / variant.soft_cap)
     key_position = jnp.arange(context.shape[0])
     seen = key_position[None, :] <= positions[:, None]
-    if sliding_window is not None:
-        seen &= key_position[None, :] > positions[:, None] - sliding_window
+    if variant.sliding_window is not None:
+        seen &= key_position[None, :] > positions[:, None] - variant.sliding_window
     seen = seen[None]
     best = jnp.max(scores, axis=-1, keepdims=True, initial=-jnp.inf, where=seen)
     weights = jnp.where(seen, jnp.exp(scores - best), 0.0)

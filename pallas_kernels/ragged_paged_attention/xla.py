@@ -14,7 +14,6 @@ one after the other: they differ in length, and each of them is enough work for 
 
 from __future__ import annotations
 
-import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -26,6 +25,7 @@ from jaxserve.pallas_kernels.ragged_paged_attention.metadata import (
     TokenPlaces,
     token_places,
 )
+from jaxserve.pallas_kernels.ragged_paged_attention.variant import AttentionVariant
 
 # Tokens of context per iteration, and queries per block of a chunk; measured, see README.md.
 _KV_BLOCK_TOKENS = 128
@@ -33,15 +33,6 @@ _QUERY_BLOCK_TOKENS = 64
 
 # Below every score of finite inputs, and finite: the difference of two infinities is NaN.
 _MASKED = -1e30
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Options:
-    """What is fixed when the program is traced."""
-
-    scale: float
-    sliding_window: int | None
-    soft_cap: float | None
 
 
 class _QueryBlocks(NamedTuple):
@@ -64,21 +55,17 @@ def ragged_paged_attention(
     v: jax.Array,
     kv_pages: jax.Array,
     metadata: AttentionMetadata,
-    *,
-    scale: float,
-    sliding_window: int | None,
-    soft_cap: float | None,
+    variant: AttentionVariant,
 ) -> tuple[jax.Array, jax.Array]:
     """See `jaxserve.pallas_kernels.ragged_paged_attention.api.ragged_paged_attention`."""
     places = token_places(metadata, q.shape[0], kv_pages.shape)
     kv_pages = _write(kv_pages, interleave(k, v).astype(kv_pages.dtype), places)
-    options = _Options(scale, sliding_window, soft_cap)
     if metadata.max_q_len == 1:
         blocks = _QueryBlocks(q[:, None], places.position[:, None], metadata.page_table[places.row])
-        out = _attend(blocks, kv_pages, options)[:, 0]
+        out = _attend(blocks, kv_pages, variant)[:, 0]
     else:
-        out = _attend_chunks(q, kv_pages, metadata, options)
-        token, decoded = _attend_single_tokens(q, kv_pages, metadata, options)
+        out = _attend_chunks(q, kv_pages, metadata, variant)
+        token, decoded = _attend_single_tokens(q, kv_pages, metadata, variant)
         out = out.at[token].set(decoded, mode="drop")
     return out, kv_pages
 
@@ -94,7 +81,7 @@ def _write(kv_pages: jax.Array, new: jax.Array, places: TokenPlaces) -> jax.Arra
 
 
 def _attend_single_tokens(
-    q: jax.Array, kv_pages: jax.Array, metadata: AttentionMetadata, options: _Options
+    q: jax.Array, kv_pages: jax.Array, metadata: AttentionMetadata, variant: AttentionVariant
 ) -> tuple[jax.Array, jax.Array]:
     """The rows of one token in a step that also has chunks.
 
@@ -108,11 +95,11 @@ def _attend_single_tokens(
     position = jnp.where(single, metadata.kv_lens - 1, -1)
     queries = q.at[token].get(mode="fill", fill_value=0)
     blocks = _QueryBlocks(queries[:, None], position[:, None], metadata.page_table)
-    return token, _attend(blocks, kv_pages, options)[:, 0]
+    return token, _attend(blocks, kv_pages, variant)[:, 0]
 
 
 def _attend_chunks(
-    q: jax.Array, kv_pages: jax.Array, metadata: AttentionMetadata, options: _Options
+    q: jax.Array, kv_pages: jax.Array, metadata: AttentionMetadata, variant: AttentionVariant
 ) -> jax.Array:
     """The rows of more than one token, block after block; zeros for all other tokens, ``[tokens, ...]``."""
     num_tokens = q.shape[0]
@@ -136,13 +123,13 @@ def _attend_chunks(
             page_table=metadata.page_table[row][None],
         )
         # The block's end may reach into the next row: zeros, which that row's own block overwrites later.
-        return jax.lax.dynamic_update_slice_in_dim(out, _attend(blocks, kv_pages, options)[0], token, 0)
+        return jax.lax.dynamic_update_slice_in_dim(out, _attend(blocks, kv_pages, variant)[0], token, 0)
 
     out = jax.lax.fori_loop(0, blocks_until[-1], attend_block, jnp.zeros_like(padded))
     return out[:num_tokens]
 
 
-def _attend(blocks: _QueryBlocks, kv_pages: jax.Array, options: _Options) -> jax.Array:
+def _attend(blocks: _QueryBlocks, kv_pages: jax.Array, variant: AttentionVariant) -> jax.Array:
     """Walks query blocks over their contexts; like their queries, with zeros where there is no token."""
     num_pages, page_size, doubled_heads, head_dim = kv_pages.shape
     num_blocks, size, q_heads, _ = blocks.queries.shape
@@ -155,7 +142,7 @@ def _attend(blocks: _QueryBlocks, kv_pages: jax.Array, options: _Options) -> jax
     queries = queries.reshape(num_blocks, kv_heads, group * size, head_dim).astype(dtype)
     positions = jnp.tile(blocks.positions, (1, group))[:, None, :, None]
     end = jnp.max(blocks.positions, axis=1) + 1
-    first_seen = _first_seen_position(blocks.positions, options.sliding_window)
+    first_seen = _first_seen_position(blocks.positions, variant.sliding_window)
     first_page = first_seen // page_size
     num_columns = max(1, min(_KV_BLOCK_TOKENS // page_size, blocks.page_table.shape[1]))
     length = num_columns * page_size
@@ -174,13 +161,13 @@ def _attend(blocks: _QueryBlocks, kv_pages: jax.Array, options: _Options) -> jax
         key_position = first_column * page_size + offsets
         needed = (key_position >= first_seen[:, None]) & (key_position < end[:, None])
         values = jnp.where(needed[:, None, :, None], fetch(page_ids, 1), 0)  # 0 * NaN is NaN
-        scores = _product("bhqd,bhkd->bhqk", queries, fetch(page_ids, 0)) * options.scale
-        if options.soft_cap is not None:
-            scores = options.soft_cap * jnp.tanh(scores / options.soft_cap)
+        scores = _product("bhqd,bhkd->bhqk", queries, fetch(page_ids, 0)) * variant.scale
+        if variant.soft_cap is not None:
+            scores = variant.soft_cap * jnp.tanh(scores / variant.soft_cap)
         key_position = key_position[:, None, None, :]
         seen = key_position <= positions
-        if options.sliding_window is not None:
-            seen &= key_position > positions - options.sliding_window
+        if variant.sliding_window is not None:
+            seen &= key_position > positions - variant.sliding_window
         scores = jnp.where(seen, scores, _MASKED)
         new_best = jnp.maximum(best, jnp.max(scores, axis=-1, keepdims=True))
         decay = jnp.exp(best - new_best)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import final
 
-from jaxserve.core.policies.fair import INPUT_WEIGHT, OUTPUT_WEIGHT
+from jaxserve.core.policies.clients import ClientService
 from jaxserve.core.policy import PolicyContext, SortKey
 from jaxserve.request import Request
 
@@ -30,8 +29,7 @@ class DeficitLongestPrefixMatch:
     def __init__(self, matched_tokens: Callable[[Request], int], quantum: float = _QUANTUM) -> None:
         self._matched_tokens = matched_tokens
         self._quantum = quantum
-        self._spent: dict[str, float] = {}
-        self._waiting: Counter[str] = Counter()
+        self._service = ClientService()
         self._round = 0
 
     @classmethod
@@ -48,34 +46,27 @@ class DeficitLongestPrefixMatch:
         return request.client
 
     def lane_key(self, lane: str) -> float:
-        return self._spent[lane] // self._quantum
+        return self._service.of[lane] // self._quantum
 
     def queued(self, request: Request, now: float) -> None:
         # Rounds that passed while a client asked for nothing are lost.
-        floor = self._round * self._quantum
-        self._spent[request.client] = max(self._spent.get(request.client, 0.0), floor)
-        self._waiting[request.client] += 1
+        self._service.raise_to(request.client, self._round * self._quantum)
+        self._service.waiting[request.client] += 1
 
     def admitted(self, request: Request, now: float) -> None:
         self._round = max(self._round, int(self.lane_key(request.client)))
-        if request.num_preemptions == 0:
-            uncached = request.num_prompt_tokens - self._matched_tokens(request)
-            self._spent[request.client] += INPUT_WEIGHT * uncached
+        self._service.prompt_computed(request, request.num_prompt_tokens - self._matched_tokens(request))
         self._stop_waiting(request.client)
 
     def generated(self, requests: Sequence[Request], now: float) -> None:
-        spent = self._spent
-        for request in requests:
-            if request.client in spent:
-                spent[request.client] += OUTPUT_WEIGHT
+        self._service.generated(requests)
 
     def left(self, request: Request, now: float, *, was_waiting: bool) -> None:
         if was_waiting:
             self._stop_waiting(request.client)
 
     def _stop_waiting(self, client: str) -> None:
-        self._waiting[client] -= 1
-        if self._waiting[client] == 0:
-            del self._waiting[client]
-            if self._spent[client] <= self._round * self._quantum:
-                del self._spent[client]  # it comes back to the same
+        service = self._service
+        service.stop_waiting(client)
+        if client not in service.waiting and service.of[client] <= self._round * self._quantum:
+            del service.of[client]  # it comes back to the same

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import final
 
+from jaxserve.core.policies.clients import ClientService
 from jaxserve.core.policy import SortKey
 from jaxserve.request import Request
 
-INPUT_WEIGHT = 1.0
-OUTPUT_WEIGHT = 2.0
 MOST_CLIENTS = 100_000
 
 
@@ -25,9 +23,13 @@ class VirtualTokenCounters:
     """
 
     def __init__(self) -> None:
-        self.counters: dict[str, float] = {}
-        self._waiting: Counter[str] = Counter()
+        self._service = ClientService()
         self._last_served = 0.0
+
+    @property
+    def counters(self) -> dict[str, float]:
+        """Client -> its virtual token counter."""
+        return self._service.of
 
     def key(self, request: Request, now: float) -> SortKey:
         return (request.arrival_time,)
@@ -39,37 +41,28 @@ class VirtualTokenCounters:
         return self.counters[lane]
 
     def queued(self, request: Request, now: float) -> None:
-        client = request.client
-        if self._waiting[client] == 0:
-            levels = [self.counters[other] for other, count in self._waiting.items() if count]
-            lift = min(levels) if levels else self._last_served
-            self.counters[client] = max(self.counters.get(client, 0.0), lift)
-        self._waiting[client] += 1
+        client, waiting = request.client, self._service.waiting
+        if client not in waiting:
+            levels = [self.counters[other] for other in waiting]
+            self._service.raise_to(client, min(levels) if levels else self._last_served)
+        waiting[client] += 1
         if len(self.counters) > MOST_CLIENTS:
             self._forget_idle_clients()
 
     def admitted(self, request: Request, now: float) -> None:
-        self._stop_waiting(request.client)
-        if request.num_preemptions == 0:  # what is computed once more is no service
-            self.counters[request.client] += INPUT_WEIGHT * request.num_prompt_tokens
+        self._service.stop_waiting(request.client)
+        self._service.prompt_computed(request, request.num_prompt_tokens)
         self._last_served = self.counters[request.client]
 
     def generated(self, requests: Sequence[Request], now: float) -> None:
-        counters = self.counters
-        for request in requests:
-            if request.client in counters:
-                counters[request.client] += OUTPUT_WEIGHT
+        self._service.generated(requests)
 
     def left(self, request: Request, now: float, *, was_waiting: bool) -> None:
         if was_waiting:
-            self._stop_waiting(request.client)
-
-    def _stop_waiting(self, client: str) -> None:
-        self._waiting[client] -= 1
-        if self._waiting[client] == 0:
-            del self._waiting[client]
+            self._service.stop_waiting(request.client)
 
     def _forget_idle_clients(self) -> None:
         """Drops those that would be lifted anyway if they came back now."""
-        level = min(self.counters[client] for client in self._waiting)
-        self.counters = {c: v for c, v in self.counters.items() if v > level or c in self._waiting}
+        waiting = self._service.waiting
+        level = min(self.counters[client] for client in waiting)
+        self._service.of = {c: v for c, v in self.counters.items() if v > level or c in waiting}

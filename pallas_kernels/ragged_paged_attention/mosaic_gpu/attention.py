@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from jaxserve.pallas_kernels.ragged_paged_attention.metadata import AttentionMetadata, token_places
 from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_gpu import decode, prefill
 from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_gpu.merge import merge
-from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_gpu.tile import QUERY_TILE, Options
+from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_gpu.tile import QUERY_TILE, Launch
 from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_gpu.work import share_out, tile_out
 from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_gpu.write import write
+from jaxserve.pallas_kernels.ragged_paged_attention.variant import AttentionVariant
 
 _HOPPER = 9.0
 _H100_MULTIPROCESSORS = 132  # where only an abstract device is in scope
@@ -23,10 +24,8 @@ def ragged_paged_attention(
     v: jax.Array,
     kv_pages: jax.Array,
     metadata: AttentionMetadata,
+    variant: AttentionVariant,
     *,
-    scale: float,
-    sliding_window: int | None,
-    soft_cap: float | None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """See `jaxserve.pallas_kernels.ragged_paged_attention.api.ragged_paged_attention`.
@@ -36,25 +35,27 @@ def ragged_paged_attention(
     """
     _check(q, kv_pages)
     num_ctas = _INTERPRETED_CTAS if interpret else _num_multiprocessors()
-    options = Options(scale, sliding_window, soft_cap, num_ctas, interpret)
+    launch = Launch(num_ctas, interpret)
     tokens, _, head_dim = q.shape
     kv_heads = kv_pages.shape[2] // 2
     places = token_places(metadata, tokens, kv_pages.shape)
     kv_pages = write(kv_pages, k, v, places, interpret=interpret)
     shares = share_out(
         metadata,
-        num_workers=decode.num_workers(head_dim, options),
+        num_workers=decode.num_workers(head_dim, launch),
         kv_heads=kv_heads,
         tile=decode.TILE,
-        sliding_window=sliding_window,
+        sliding_window=variant.sliding_window,
     )
     stages = decode.stages_for(head_dim)
-    decoded, parts, weights = decode.decode(q, kv_pages, metadata.page_table, shares, options, stages=stages)
+    decoded, parts, weights = decode.decode(
+        q, kv_pages, metadata.page_table, shares, variant, launch, stages=stages
+    )
     base = decoded
     if metadata.max_q_len > 1:
         tiles = tile_out(metadata, num_tokens=tokens, queries=prefill.ITEM_QUERIES)
         stages = prefill.stages_for(head_dim)
-        base = prefill.prefill(q, kv_pages, metadata.page_table, tiles, options, stages=stages)
+        base = prefill.prefill(q, kv_pages, metadata.page_table, tiles, variant, launch, stages=stages)
     return merge(base, decoded, parts, weights, shares, metadata.cu_q_lens[-1], interpret=interpret), kv_pages
 
 

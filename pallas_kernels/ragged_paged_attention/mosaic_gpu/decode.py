@@ -23,8 +23,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_gpu import tile
-from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_gpu.tile import QUERY_TILE, Options
+from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_gpu.tile import QUERY_TILE, Launch
 from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_gpu.work import DecodeWork
+from jaxserve.pallas_kernels.ragged_paged_attention.variant import AttentionVariant
 
 TILE = 64  # tokens of context
 
@@ -39,9 +40,9 @@ def workers_per_cta(head_dim: int) -> int:
     return 2 if head_dim <= 128 else 1
 
 
-def num_workers(head_dim: int, options: Options) -> int:
+def num_workers(head_dim: int, launch: Launch) -> int:
     """Workers of the whole grid."""
-    return options.num_ctas * workers_per_cta(head_dim)
+    return launch.num_ctas * workers_per_cta(head_dim)
 
 
 def decode(
@@ -49,7 +50,8 @@ def decode(
     kv_pages: jax.Array,
     page_table: jax.Array,
     work: DecodeWork,
-    options: Options,
+    variant: AttentionVariant,
+    launch: Launch,
     *,
     stages: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -60,7 +62,7 @@ def decode(
         kv_pages: ``[num_pages, page_size, 2 * kv_heads, head_dim]``, this step's keys and values included.
         page_table: int32 ``[rows, max_pages]``.
         work: which tiles each worker has.
-        options: see there.
+        variant, launch: see there.
         stages: tiles in a worker's ring.
 
     Returns:
@@ -138,17 +140,17 @@ def decode(
 
                     scores = pl.run_scoped(scores_of, plgpu.ACC((QUERY_TILE, TILE), jnp.float32))
                     plgpu.barrier_arrive(k_free.at[slot])
-                    scores, unit = tile.capped(scores, options)
+                    scores, unit = tile.capped(scores, variant)
                     position = start + tile.index_along(scores.shape, 1)
                     seen = position < length
-                    if options.sliding_window is not None:
-                        seen &= position >= length - options.sliding_window
+                    if variant.sliding_window is not None:
+                        seen &= position >= length - variant.sliding_window
                     scores = jnp.where(seen, scores, tile.MASKED)
                     weights, decay, best, total = tile.online_softmax(scores, unit, best, total)
                     plgpu.barrier_wait(v_full.at[slot])
-                    window_begin = 0 if options.sliding_window is None else length - options.sliding_window
+                    window_begin = 0 if variant.sliding_window is None else length - variant.sliding_window
                     tile.clear_outside(v_smem.at[slot], window_begin - start, length - start)
-                    added = tile.multiply_registers(weights.astype(q.dtype), v_smem.at[slot], options)
+                    added = tile.multiply_registers(weights.astype(q.dtype), v_smem.at[slot], launch)
                     plgpu.barrier_arrive(v_free.at[slot])
                     return acc * tile.spread(decay, acc) + added, best, total
 
@@ -229,8 +231,8 @@ def decode(
         body,
         out_type=(
             jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((num_workers(head_dim, options), 2, group, head_dim), jnp.float32),
-            jax.ShapeDtypeStruct((num_workers(head_dim, options), 2, weight_rows), jnp.float32),
+            jax.ShapeDtypeStruct((num_workers(head_dim, launch), 2, group, head_dim), jnp.float32),
+            jax.ShapeDtypeStruct((num_workers(head_dim, launch), 2, weight_rows), jnp.float32),
         ),
         scratch_types=(
             plgpu.SMEM(ring, q.dtype, transforms=tiled),
@@ -247,14 +249,14 @@ def decode(
             plgpu.Barrier(num_barriers=num_slots),
             plgpu.Barrier(num_barriers=workers),
         ),
-        grid=(options.num_ctas,),
+        grid=(launch.num_ctas,),
         grid_names=("cta",),
         num_threads=2 * workers,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane, reduction_scratch_bytes=0
         ),
-        interpret=plgpu.InterpretGPUParams() if options.interpret else None,
+        interpret=plgpu.InterpretGPUParams() if launch.interpret else None,
         kernel_name="ragged_paged_decode",
     )
     return kernel(

@@ -15,8 +15,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_gpu import tile
-from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_gpu.tile import QUERY_TILE, Options
+from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_gpu.tile import QUERY_TILE, Launch
 from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_gpu.work import PrefillWork
+from jaxserve.pallas_kernels.ragged_paged_attention.variant import AttentionVariant
 
 NUM_CONSUMERS = 2
 ITEM_QUERIES = NUM_CONSUMERS * QUERY_TILE
@@ -37,7 +38,8 @@ def prefill(
     kv_pages: jax.Array,
     page_table: jax.Array,
     work: PrefillWork,
-    options: Options,
+    variant: AttentionVariant,
+    launch: Launch,
     *,
     stages: int,
 ) -> jax.Array:
@@ -48,7 +50,7 @@ def prefill(
         kv_pages: ``[num_pages, page_size, 2 * kv_heads, head_dim]``, this step's keys and values included.
         page_table: int32 ``[rows, max_pages]``.
         work: the items.
-        options: see there.
+        variant, launch: see there.
         stages: tiles of keys and values in flight.
 
     Returns:
@@ -71,15 +73,15 @@ def prefill(
         thread = lax.axis_index("warpgroup")
         cta = lax.axis_index("cta")
         num_items = tiles_ref[0] * q_heads
-        rounds = lax.div(num_items + options.num_ctas - 1, options.num_ctas)
+        rounds = lax.div(num_items + launch.num_ctas - 1, launch.num_ctas)
 
         def for_each_item(run) -> None:
             """Calls ``run(row, first, head, begin, end, done)``: queries from the row's ``first`` on see
             blocks ``begin : end``; ``done`` blocks went before in this CTA. Returns the number of all."""
 
             def step(index, done):
-                forth = index * options.num_ctas + cta
-                back = (index + 1) * options.num_ctas - 1 - cta
+                forth = index * launch.num_ctas + cta
+                back = (index + 1) * launch.num_ctas - 1 - cta
                 item = jnp.where(lax.rem(index, 2) == 0, forth, back)
                 return lax.cond(item < num_items, lambda: take(item, done), lambda: done)
 
@@ -90,8 +92,8 @@ def prefill(
                 last = jnp.minimum(first + ITEM_QUERIES, count_ref[row])
                 end = lax.div(before + last + block - 1, block)
                 begin = jnp.int32(0)
-                if options.sliding_window is not None:
-                    begin = lax.div(jnp.maximum(before + first - options.sliding_window + 1, 0), block)
+                if variant.sliding_window is not None:
+                    begin = lax.div(jnp.maximum(before + first - variant.sliding_window + 1, 0), block)
                 run(row, first, lax.rem(item, q_heads), begin, end, done)
                 return done + end - begin
 
@@ -108,8 +110,8 @@ def prefill(
             def run(row, first, head, begin, end, done):
                 length, count = length_ref[row], count_ref[row]
                 window_begin = jnp.int32(0)
-                if options.sliding_window is not None:
-                    window_begin = length - count + first - options.sliding_window + 1
+                if variant.sliding_window is not None:
+                    window_begin = length - count + first - variant.sliding_window + 1
                 first = first + thread * QUERY_TILE
                 token = start_ref[row] + first
                 position = length - count + first  # of this warpgroup's first query
@@ -136,13 +138,13 @@ def prefill(
 
                     scores = pl.run_scoped(scores_of, plgpu.ACC((QUERY_TILE, block), jnp.float32))
                     plgpu.barrier_arrive(k_free.at[slot])
-                    scores, unit = tile.capped(scores, options)
+                    scores, unit = tile.capped(scores, variant)
                     if masked:
                         ahead = start - position  # of the block's first key to the first query
                         distance = tile.index_along(scores.shape, 0) - tile.index_along(scores.shape, 1)
                         seen = distance >= ahead
-                        if options.sliding_window is not None:
-                            seen &= distance < ahead + options.sliding_window
+                        if variant.sliding_window is not None:
+                            seen &= distance < ahead + variant.sliding_window
                         scores = jnp.where(seen, scores, tile.MASKED)
                     weights, decay, best, total = tile.online_softmax(scores, unit, best, total)
                     acc = acc * tile.spread(decay, acc)
@@ -154,12 +156,12 @@ def prefill(
                     if masked:
                         # Of all the CTA's queries, since its warpgroups share the tile.
                         tile.clear_outside(v_smem.at[slot], window_begin - start, length - start)
-                    acc = tile.add_product(acc, weights, v_smem.at[slot], options)
+                    acc = tile.add_product(acc, weights, v_smem.at[slot], launch)
                     plgpu.barrier_arrive(v_free.at[slot])
                     return acc, best, total
 
                 # A block that lies wholly before the first query needs no mask.
-                clear = begin if options.sliding_window is not None else lax.div(position + 1, block)
+                clear = begin if variant.sliding_window is not None else lax.div(position + 1, block)
                 clear = jnp.clip(clear, begin, end)
                 carry = tile.empty_rows(head_dim)
                 carry = lax.fori_loop(begin, clear, lambda i, c: attend(i, c, masked=False), carry)
@@ -247,14 +249,14 @@ def prefill(
             plgpu.Barrier(num_barriers=NUM_CONSUMERS),
             plgpu.Barrier(num_arrivals=NUM_CONSUMERS),
         ),
-        grid=(options.num_ctas,),
+        grid=(launch.num_ctas,),
         grid_names=("cta",),
         num_threads=NUM_CONSUMERS + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane, reduction_scratch_bytes=0
         ),
-        interpret=plgpu.InterpretGPUParams() if options.interpret else None,
+        interpret=plgpu.InterpretGPUParams() if launch.interpret else None,
         kernel_name="ragged_paged_prefill",
     )
     out = kernel(

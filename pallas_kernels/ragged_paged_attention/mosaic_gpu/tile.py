@@ -12,6 +12,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jaxserve.pallas_kernels.ragged_paged_attention.variant import AttentionVariant
+
 QUERY_TILE = 64  # rows of a tensor-core tile
 MASKED = -1e30  # finite: the difference of two infinities is NaN
 _LOG2E = math.log2(math.e)
@@ -19,18 +21,14 @@ _ROWS = plgpu.Layout.WGMMA.reduce(1)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Options:
-    """What is fixed when a kernel is traced.
+class Launch:
+    """How the kernels run.
 
     Attributes:
-        scale, sliding_window, soft_cap: as in `ragged_paged_attention`.
         num_ctas: as many as run at once, one for each multiprocessor.
         interpret: runs in Pallas's interpreter, on any device.
     """
 
-    scale: float
-    sliding_window: int | None
-    soft_cap: float | None
     num_ctas: int
     interpret: bool
 
@@ -55,11 +53,11 @@ def index_along(shape: tuple[int, int], axis: int) -> jax.Array:
     return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
 
 
-def capped(scores: jax.Array, options: Options) -> tuple[jax.Array, float]:
+def capped(scores: jax.Array, variant: AttentionVariant) -> tuple[jax.Array, float]:
     """Scores before their unit, soft cap applied, and what makes them base-2 logarithms."""
-    if options.soft_cap is None:
-        return scores, options.scale * _LOG2E
-    return jnp.tanh(scores * (options.scale / options.soft_cap)), options.soft_cap * _LOG2E
+    if variant.soft_cap is None:
+        return scores, variant.scale * _LOG2E
+    return jnp.tanh(scores * (variant.scale / variant.soft_cap)), variant.soft_cap * _LOG2E
 
 
 def online_softmax(
@@ -86,9 +84,9 @@ def spread(rows: jax.Array, like: jax.Array) -> jax.Array:
     return lax.broadcast_in_dim(rows, like.shape, [0])
 
 
-def multiply_registers(a: jax.Array, b_ref: Any, options: Options) -> jax.Array:
+def multiply_registers(a: jax.Array, b_ref: Any, launch: Launch) -> jax.Array:
     """The product of a register tile [64, K] with one in shared memory [K, N], float32."""
-    if options.interpret:  # the interpreter takes both operands of a tensor-core product from shared memory
+    if launch.interpret:  # the interpreter takes both operands of a tensor-core product from shared memory
         return jnp.dot(a, b_ref[...], preferred_element_type=jnp.float32)
 
     def product(acc_ref: Any) -> jax.Array:
@@ -109,10 +107,10 @@ def swizzle_in_place(plain_ref: Any, tiled_ref: Any) -> None:
     plgpu.commit_smem()
 
 
-def add_product(acc: jax.Array, a: jax.Array, b_ref: Any, options: Options) -> jax.Array:
+def add_product(acc: jax.Array, a: jax.Array, b_ref: Any, launch: Launch) -> jax.Array:
     """``acc`` plus the product of a register tile [64, K] with one in shared memory [K, N], float32."""
-    if options.interpret:
-        return acc + multiply_registers(a, b_ref, options)
+    if launch.interpret:
+        return acc + multiply_registers(a, b_ref, launch)
     return pl.run_state(lambda acc_ref: plgpu.wgmma(acc_ref, a, b_ref))(plgpu.ACC.init(acc))
 
 
