@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,9 +14,10 @@ from jaxserve.core.plan import Admission, Bucket, StepPlan, StepResult, TopLogpr
 from jaxserve.models.decoder import Decoder
 from jaxserve.models.pairs import pair_views
 from jaxserve.models.params import Params
-from jaxserve.models.sharding import KV_CACHE_AXES, Placement
+from jaxserve.models.sharding import Placement
 from jaxserve.pallas_kernels.ragged_paged_attention.api import Implementation
 from jaxserve.runner.compile_counter import compile_counter
+from jaxserve.runner.kv_cache import cache_shapes
 from jaxserve.runner.programs import Programs
 from jaxserve.runner.resolve import ResolvedConfig
 from jaxserve.runner.sampler import Sampled
@@ -157,9 +157,9 @@ class ModelRunner:
 
 
 def _empty_caches(resolved: ResolvedConfig, num_layers: int, placement: Placement) -> Caches:
-    sharding = placement.sharding(KV_CACHE_AXES)
-    shape, dtype = resolved.layout.shape(resolved.num_pages), resolved.layout.dtype
-    make = jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=sharding)
+    shapes = cache_shapes(resolved.layout, resolved.num_pages, placement)
+    shardings = jax.tree.map(lambda array: array.sharding, shapes)
+    make = jax.jit(lambda: jax.tree.map(jnp.zeros_like, shapes), out_shardings=shardings)
     return tuple(make() for _ in range(num_layers))
 
 

@@ -48,7 +48,7 @@ class Programs:
             step = jax.jit(
                 make_step(module, bucket, placement, implementation),
                 donate_argnums=(1, 2),
-                out_shardings=(tuple(cache.sharding for cache in caches), replicated, replicated),
+                out_shardings=(jax.tree.map(lambda array: array.sharding, caches), replicated, replicated),
             )
             rows = jax.ShapeDtypeStruct((NUM_ROW_FIELDS, bucket.rows), jnp.int32, sharding=replicated)
             pages = jax.ShapeDtypeStruct((NUM_PAGE_FIELDS, bucket.rows), jnp.int32, sharding=replicated)

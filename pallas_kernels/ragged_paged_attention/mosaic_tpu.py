@@ -8,6 +8,7 @@ cache in the same way.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxserve.pallas_kernels.layout import KVLayout, interleave
+from jaxserve.pallas_kernels.layout import KVLayout, KVPages, interleave
 from jaxserve.pallas_kernels.ragged_paged_attention.metadata import AttentionMetadata, token_places
 from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_tpu_blocks import VMEM_LIMIT_BYTES, choose_blocks
 from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_tpu_kernel import kernel
@@ -34,10 +35,10 @@ def ragged_paged_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    kv_pages: jax.Array,
+    kv_pages: KVPages,
     metadata: AttentionMetadata,
     variant: AttentionVariant,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, KVPages]:
     """See `jaxserve.pallas_kernels.ragged_paged_attention.api.ragged_paged_attention`.
 
     A cache with heads of 64 elements is best stored packed (`KVLayout.is_packed`): otherwise XLA copies it.
@@ -47,7 +48,7 @@ def ragged_paged_attention(
             of bfloat16 heads of 64, page tables that do not fit in scalar memory, and blocks that do not fit
             in vector memory.
     """
-    layout = KVLayout.of(kv_pages)
+    layout = kv_pages.layout
     _check(q, layout, metadata)
     num_tokens, q_heads, head_dim = q.shape
     words = 4 // q.dtype.itemsize
@@ -72,11 +73,14 @@ def ragged_paged_attention(
     )
     rows = (config.rows_per_token, config.width)
     new_kv = interleave(k, v).astype(layout.dtype).reshape(num_tokens, *rows)
-    pages = kv_pages.reshape(*kv_pages.shape[:2], *rows)
+    data = kv_pages.data
+    pages = data.reshape(*data.shape[:2], *rows)
     out, pages = _call(config, work, metadata, _pack_queries(q, config, words), new_kv, pages)
     out = _unpack_output(out, config, q.shape)
-    is_real = token_places(metadata, num_tokens, kv_pages.shape).position >= 0
-    return jnp.where(is_real[:, None, None], out, 0), pages.reshape(kv_pages.shape)
+    is_real = token_places(metadata, num_tokens, layout.page_size).position >= 0
+    return jnp.where(is_real[:, None, None], out, 0), dataclasses.replace(
+        kv_pages, data=pages.reshape(data.shape)
+    )
 
 
 def can_pack(num_kv_heads: int, head_dim: int, dtype: jnp.dtype) -> bool:

@@ -121,7 +121,7 @@ def test_configuration_changes_no_token(
         if "tensor_parallel_size" in change:
             assert len(llm.engine.description["device"]) > 0
             runner: Any = llm.engine.loop.core._executor
-            cache = runner._caches[0]
+            cache = runner._caches[0].data
             assert len(cache.sharding.device_set) == change["tensor_parallel_size"]
             assert (
                 cache.sharding.shard_shape(cache.shape)[2] == cache.shape[2] // change["tensor_parallel_size"]
@@ -145,9 +145,9 @@ def test_nothing_compiles_after_warmup(llm: LLM) -> None:
 
 def test_caches_stay_where_they_are(llm: LLM) -> None:
     runner: Any = llm.engine.loop.core._executor
-    before = [cache.unsafe_buffer_pointer() for cache in runner._caches]
+    before = [array.unsafe_buffer_pointer() for array in jax.tree.leaves(runner._caches)]
     llm.generate([[1] * 50, [2] * 3], SamplingParams(max_tokens=30, ignore_eos=True), use_tqdm=False)
-    assert [cache.unsafe_buffer_pointer() for cache in runner._caches] == before
+    assert [array.unsafe_buffer_pointer() for array in jax.tree.leaves(runner._caches)] == before
 
 
 def test_preempted_requests_continue_as_if_nothing_was(checkpoint: Path, llm: LLM) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
+from jaxserve.pallas_kernels.layout import KVPages
 from jaxserve.pallas_kernels.ragged_paged_attention.metadata import AttentionMetadata, token_places
 from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_gpu import decode, prefill
 from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_gpu.merge import merge
@@ -22,57 +25,60 @@ def ragged_paged_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    kv_pages: jax.Array,
+    kv_pages: KVPages,
     metadata: AttentionMetadata,
     variant: AttentionVariant,
     *,
     interpret: bool = False,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, KVPages]:
     """See `jaxserve.pallas_kernels.ragged_paged_attention.api.ragged_paged_attention`.
 
     Args:
         interpret: runs in Pallas's interpreters, on any device.
     """
     _check(q, kv_pages)
+    pages = kv_pages.data
     num_ctas = _INTERPRETED_CTAS if interpret else _num_multiprocessors()
     launch = Launch(num_ctas, interpret)
     tokens, _, head_dim = q.shape
-    kv_heads = kv_pages.shape[2] // 2
-    places = token_places(metadata, tokens, kv_pages.shape)
-    kv_pages = write(kv_pages, k, v, places, interpret=interpret)
+    layout = kv_pages.layout
+    places = token_places(metadata, tokens, layout.page_size)
+    pages = write(pages, k, v, places, interpret=interpret)
     shares = share_out(
         metadata,
         num_workers=decode.num_workers(head_dim, launch),
-        kv_heads=kv_heads,
+        kv_heads=layout.num_kv_heads,
         tile=decode.TILE,
         sliding_window=variant.sliding_window,
     )
     stages = decode.stages_for(head_dim)
     decoded, parts, weights = decode.decode(
-        q, kv_pages, metadata.page_table, shares, variant, launch, stages=stages
+        q, pages, metadata.page_table, shares, variant, launch, stages=stages
     )
     base = decoded
     if metadata.max_q_len > 1:
         tiles = tile_out(metadata, num_tokens=tokens, queries=prefill.ITEM_QUERIES)
         stages = prefill.stages_for(head_dim)
-        base = prefill.prefill(q, kv_pages, metadata.page_table, tiles, variant, launch, stages=stages)
-    return merge(base, decoded, parts, weights, shares, metadata.cu_q_lens[-1], interpret=interpret), kv_pages
+        base = prefill.prefill(q, pages, metadata.page_table, tiles, variant, launch, stages=stages)
+    out = merge(base, decoded, parts, weights, shares, metadata.cu_q_lens[-1], interpret=interpret)
+    return out, dataclasses.replace(kv_pages, data=pages)
 
 
-def _check(q: jax.Array, kv_pages: jax.Array) -> None:
+def _check(q: jax.Array, kv_pages: KVPages) -> None:
     """Raises NotImplementedError for what these kernels do not take."""
-    if q.dtype not in (jnp.bfloat16, jnp.float16) or kv_pages.dtype != q.dtype:
+    if q.dtype not in (jnp.bfloat16, jnp.float16) or kv_pages.data.dtype != q.dtype:
         raise NotImplementedError(
-            f"q is {q.dtype} and kv_pages {kv_pages.dtype}: must both be bfloat16 or float16"
+            f"q is {q.dtype} and kv_pages {kv_pages.data.dtype}: must both be bfloat16 or float16"
         )
-    page_size, head_dim = kv_pages.shape[1], q.shape[2]
-    if kv_pages.shape[3] != head_dim:
+    layout = kv_pages.layout
+    page_size, head_dim = layout.page_size, layout.head_dim
+    if layout.is_packed:
         raise NotImplementedError("kv_pages is packed: must not be")
     if page_size < 8 or page_size & (page_size - 1):
         raise NotImplementedError(f"page_size={page_size}: must be a power of two, 8 or more")
     if head_dim % 32 or head_dim > 256:
         raise NotImplementedError(f"head_dim={head_dim}: must be a multiple of 32 up to 256")
-    group = 2 * q.shape[1] // kv_pages.shape[2]
+    group = q.shape[1] // layout.num_kv_heads
     if group > QUERY_TILE:
         raise NotImplementedError(f"{group} query heads a kv head: must be at most {QUERY_TILE}")
 
