@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 
 from jaxserve.errors import ConfigError
+from jaxserve.pallas_kernels.layout import KVLayout
 
 
 class Platform(Protocol):
@@ -53,8 +54,8 @@ class Platform(Protocol):
         """Whether programs of one row read bfloat16 weights as pairs (`jaxserve.models.pairs`)."""
         ...
 
-    def packs_kv(self, num_kv_heads: int, head_dim: int, dtype: Any) -> bool:
-        """Whether a cache with these heads on a device is best stored packed (`KVLayout`)."""
+    def order_kv(self, layout: KVLayout) -> KVLayout:
+        """The same layout in the order that attention reads best here; its heads are one device's."""
         ...
 
     def cache_bytes(self, memory_fraction: float, device: jax.Device, reserve_bytes: int) -> int:

@@ -42,8 +42,8 @@ def test_packed_is_the_same_bytes_in_another_shape() -> None:
     stored = pages.reshape(packed.shape(4))
     cache = KVPages(stored, None, 64)
     assert cache.layout == packed
-    np.testing.assert_array_equal(bits(cache.unpacked().data), bits(pages))
-    assert cache.unpacked().layout == plain
+    np.testing.assert_array_equal(bits(cache.ordered().data), bits(pages))
+    assert cache.ordered().layout == plain
     np.testing.assert_array_equal(bits(stored)[..., :64], bits(pages)[:, :, 0::2])  # keys
 
 

@@ -110,7 +110,7 @@ def pages_not_waited_for(original):
 
 def new_tokens_not_waited_for(original):
     def write(refs, config, core) -> None:
-        mosaic_tpu_kernel._for_each_item(refs, config, core, lambda copy: copy.start())
+        mosaic_tpu_kernel._for_each_item(refs, config, core, 0, lambda copy: copy.start())
 
     return write
 

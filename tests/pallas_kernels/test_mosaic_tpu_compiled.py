@@ -37,8 +37,7 @@ class Shape:
     @property
     def layout(self) -> KVLayout:
         dtype = jnp.dtype(self.dtype)
-        is_packed = mosaic_tpu.can_pack(self.kv_heads, self.head_dim, dtype)
-        return KVLayout(self.page_size, self.kv_heads, self.head_dim, dtype, is_packed)
+        return mosaic_tpu.best_order(KVLayout(self.page_size, self.kv_heads, self.head_dim, dtype))
 
 
 CLAIMED = [

@@ -72,8 +72,8 @@ def _check(q: jax.Array, kv_pages: KVPages) -> None:
         )
     layout = kv_pages.layout
     page_size, head_dim = layout.page_size, layout.head_dim
-    if layout.is_packed:
-        raise NotImplementedError("kv_pages is packed: must not be")
+    if layout.is_packed or layout.folds > 1:
+        raise NotImplementedError("kv_pages is packed or folded: must not be")
     if page_size < 8 or page_size & (page_size - 1):
         raise NotImplementedError(f"page_size={page_size}: must be a power of two, 8 or more")
     if head_dim % 32 or head_dim > 256:
