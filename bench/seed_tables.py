@@ -15,6 +15,7 @@ engine's own scheduler with a roofline of the device that is not calibrated on o
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import seed_measured
-from bench.results import Results, add_output_flag, host_device, int_list, jax_device
+from bench.results import Results, add_output_flag, float_list, host_device, int_list, jax_device
 from bench.shapes import add_shape_flag
 from jaxserve.cli.arguments import CommandParser, add_engine_flags, engine_options
 from jaxserve.config import EngineConfig, SchedulerConfig
@@ -223,19 +224,17 @@ def _parser() -> CommandParser:
     group.add_argument("--batch", type=int, default=32, help="of the static server (default: %(default)s)")
     group.add_argument("--static-batches", type=int, default=4, help="that it serves (default: %(default)s)")
     group.add_argument("--slots", type=int_list, default=(384,), help="of the engine (default: 384)")
-    group.add_argument("--rates", type=_floats, default=(2.0,), help="requests/s for TTFT (default: 2)")
+    group.add_argument("--rates", type=float_list, default=(2.0,), help="requests/s for TTFT (default: 2)")
     group.add_argument("--rate-requests", type=int, default=150, help="at each (default: %(default)s)")
     add_engine_flags(parser, without=_SET_HERE)
     return parser
 
 
 def _low_high(text: str) -> tuple[int, int]:
-    low, high = int_list(text)
-    return low, high
-
-
-def _floats(text: str) -> tuple[float, ...]:
-    return tuple(float(part) for part in text.split(","))
+    numbers = int_list(text)
+    if len(numbers) != 2 or numbers[0] > numbers[1]:
+        raise argparse.ArgumentTypeError(f"{text!r} is not LOW,HIGH like 50,1000")
+    return numbers[0], numbers[1]
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.measures import summary
+from bench.measures import RequestTimes, summary
 from bench.real_engine import Served, arrivals, noisy, real_engine
 from bench.results import Results, add_output_flag, jax_device
 from bench.shapes import add_shape_flag, model_of, prompt_source
@@ -62,7 +62,7 @@ def compare(results: Results, case: str, served: Served, like: Cluster, **schedu
     results.add(case, "wall_error", wall_error(costs, held_out), "share", **where)
     identical = float(replay(served.records).first_difference is None)
     results.add(case, "plans_identical", identical, "bool", steps=len(held_out), **where)
-    real, sim = summary(served.times), simulated_like(like, served, **scheduler)
+    real, sim = summary(served.times), summary(simulated_like(like, served, **scheduler))
     for metric in COMPARED:
         unit = real[metric][1]
         results.add(case, f"{metric}_real", real[metric][0], unit, **where)
@@ -78,13 +78,13 @@ def wall_error(costs: CostModel, samples: Sequence[Sample]) -> float:
     return abs(predicted / measured - 1)
 
 
-def simulated_like(like: Cluster, served: Served, **scheduler: Any) -> dict[str, tuple[float, str]]:
-    """The metrics of the same requests, at the times at which they really came, in the simulator."""
+def simulated_like(like: Cluster, served: Served, **scheduler: Any) -> list[RequestTimes]:
+    """The same requests, at the times at which they really came, in the simulator."""
     options = SimulationOptions(predictor="noisy", forces_lengths=True, pipeline_depth=1)
     policies = dataclasses.replace(like.assembly.scheduler, **scheduler)
     machine = dataclasses.replace(like, assembly=dataclasses.replace(like.assembly, scheduler=policies))
     simulated = simulate(arrivals(served.records), machine, options)
-    return summary([request.times for request in simulated.requests])
+    return [request.times for request in simulated.requests]
 
 
 def main(argv: list[str] | None = None) -> int:
