@@ -123,7 +123,13 @@ class Tpu:
         self._planned_bytes = planned_bytes
 
     def order_kv(self, layout: KVLayout) -> KVLayout:
-        return best_order(layout)
+        try:
+            return best_order(layout)
+        except ValueError as error:
+            raise ConfigError(
+                f"page_size={layout.page_size}: {error}, with {layout.num_kv_heads} kv heads of "
+                f"{layout.head_dim} {layout.dtype} on a device"
+            ) from None
 
     def cache_bytes(self, memory_fraction: float, device: jax.Device, reserve_bytes: int) -> int:
         if self._planned_bytes is None:

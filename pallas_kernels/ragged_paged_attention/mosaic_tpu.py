@@ -48,12 +48,13 @@ def ragged_paged_attention(
 ) -> tuple[jax.Array, KVPages]:
     """See `jaxserve.pallas_kernels.ragged_paged_attention.api.ragged_paged_attention`.
 
-    A cache with heads of 64 elements is best stored packed (`KVLayout.is_packed`): otherwise XLA copies it.
+    A cache is best stored in `best_order`, and an 8-bit one in pages of a multiple of 128 tokens: otherwise
+    XLA copies it, or its scales.
 
     Raises:
-        NotImplementedError: for float16 and 8-bit types, heads below 64 or above 256 elements, an odd number
-            of bfloat16 heads of 64, page tables that do not fit in scalar memory, and blocks that do not fit
-            in vector memory.
+        NotImplementedError: for float16, heads below 64 or above 256 elements, pages that cannot be folded
+            (`best_order`), page tables that do not fit in scalar memory, and blocks that do not fit in vector
+            memory.
     """
     stored = kv_pages.layout
     layout = _check(q, stored, metadata)
@@ -105,7 +106,7 @@ def best_order(layout: KVLayout) -> KVLayout:
 
 
 def _check(q: jax.Array, layout: KVLayout, metadata: AttentionMetadata) -> KVLayout:
-    """The layout that the kernel wants of this cache; raises NotImplementedError for what it does not take."""
+    """The layout that the kernel wants; raises NotImplementedError for what it does not take."""
     if q.dtype not in _DTYPES:
         raise NotImplementedError(f"q is {q.dtype}: needs bfloat16 or float32")
     if layout.dtype not in _KV_DTYPES:

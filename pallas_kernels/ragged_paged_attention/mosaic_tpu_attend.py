@@ -228,9 +228,9 @@ def _accumulate(refs: Refs, head: Any, scores: jax.Array, values: jax.Array, sca
 def _loader(
     refs: Refs, config: KernelConfig, slot: jax.Array, exists: jax.Array | None
 ) -> Callable[[int], tuple[jax.Array, jax.Array]]:
-    """Gives a head's keys and values ``[kv_tokens, width]``; values are 0 where ``exists`` (if given) is false.
+    """Gives a head's keys and values ``[kv_tokens, width]``; values are 0 where not ``exists``, if given.
 
-    Codes of 8 bits are finite, whatever they are, and their scales are masked.
+    Keys are not, because their scores are masked; nor codes of 8 bits: any is finite, and scales are masked.
     """
     block, rows_per_word = refs.kv_ring.at[slot], 4 // jnp.dtype(config.kv_dtype).itemsize
     rows_per_head = 1 if config.is_packed else 2
