@@ -54,6 +54,11 @@ class Platform(Protocol):
         """Whether programs of one row read bfloat16 weights as pairs (`jaxserve.models.pairs`)."""
         ...
 
+    @property
+    def branches_on_host(self) -> bool:
+        """Whether the host waits for the device at a branch inside a program."""
+        ...
+
     def order_kv(self, layout: KVLayout) -> KVLayout:
         """The same layout in the order that attention reads best here; its heads are one device's."""
         ...

@@ -25,6 +25,7 @@ class Cpu:
     slow_first_run = False
     smallest_rows = 1
     pairs_single_rows = True
+    branches_on_host = False
 
     def order_kv(self, layout: KVLayout) -> KVLayout:
         return layout

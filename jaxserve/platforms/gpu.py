@@ -22,6 +22,7 @@ class Gpu:
     slow_first_run = True
     smallest_rows = 1
     pairs_single_rows = False
+    branches_on_host = True
 
     def order_kv(self, layout: KVLayout) -> KVLayout:
         return layout

@@ -150,6 +150,7 @@ def compile_steps(
         params_of=lambda bucket: params,
         caches=(cache,) * planned.module.config.num_layers,
         slots=slots,
+        branches_on_host=False,
         on_compiled=lambda: None,
     )
 

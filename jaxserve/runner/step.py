@@ -24,7 +24,7 @@ from jaxserve.pallas_kernels.ragged_paged_attention.api import (
 )
 from jaxserve.pallas_kernels.ragged_paged_attention.metadata import token_places
 from jaxserve.runner.kv_cache import cache_specs
-from jaxserve.runner.sampler import Sampled, sample
+from jaxserve.runner.sampler import Sampled, sample, take_best
 from jaxserve.runner.slots import SlotState, take, take_sampling, update_pages, write_sampled
 
 Caches = tuple[KVPages, ...]
@@ -32,12 +32,20 @@ StepFn = Callable[[Params, Caches, SlotState, jax.Array, jax.Array], tuple[Cache
 
 
 def make_step(
-    module: Decoder, bucket: Bucket, placement: Placement, implementation: Implementation
+    module: Decoder,
+    bucket: Bucket,
+    placement: Placement,
+    implementation: Implementation,
+    *,
+    greedy: bool = False,
 ) -> StepFn:
     """The function that `Programs` compiles for a bucket; caches and slots are donated.
 
     Its arguments: parameters, one `KVPages` a layer, slots, ``StepBatch.rows`` int32 [4, R] and
     ``StepBatch.page_updates`` int32 [3, R]. It returns caches, slots, and what was sampled per row.
+
+    Args:
+        greedy: for steps of which every row `is_greedy`.
     """
 
     def step(
@@ -62,7 +70,10 @@ def make_step(
         logits = model.logits(hidden[jnp.maximum(ends - 1, 0)])
         # Rows that do not sample have no position, and so cost nothing in the sampler.
         position = jnp.where(samples, end, 0)
-        sampled = sample(logits, take_sampling(slots.sampling, slot), take(slots.tokens, slot), position)
+        if greedy:
+            sampled = take_best(logits)
+        else:
+            sampled = sample(logits, take_sampling(slots.sampling, slot), take(slots.tokens, slot), position)
         tokens = write_sampled(slots.tokens, slot, end, sampled.token_ids, samples)
         # One array to read per step: a row whose logits were not finite reports a negative id.
         sampled = sampled._replace(token_ids=jnp.where(sampled.finite, sampled.token_ids, -1))

@@ -13,9 +13,12 @@ import numpy as np
 import pytest
 
 from jaxserve import LLM, SamplingParams
+from jaxserve.core.plan import Bucket
 from jaxserve.errors import ConfigError, ValidationError
 from jaxserve.pallas_kernels.layout import KVLayout
+from jaxserve.platforms.cpu import Cpu
 from jaxserve.runner.compile_counter import compile_counter
+from jaxserve.runner.programs import Programs
 from tests.support.byte_tokenizer import END_ID
 from tests.support.tiny_checkpoint import write_tiny_checkpoint
 
@@ -81,6 +84,31 @@ def test_alone_and_in_a_batch(llm: LLM, alone: list[list[int]]) -> None:
     assert answers(llm) == alone
     assert len({tuple(tokens) for tokens in alone}) == len(alone)
     assert alone[7] == [65] * 20, "a bias of 100 decides"
+
+
+def test_greedy_steps_may_have_programs_without_branches(
+    checkpoint: Path, alone: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: dict[bool, Any] = {}
+    step_of = Programs.step
+
+    def spy(self: Programs, bucket: Bucket, *, greedy: bool = False) -> Any:
+        used[greedy] = step_of(self, bucket, greedy=greedy)
+        return used[greedy]
+
+    monkeypatch.setattr(Cpu, "branches_on_host", True)
+    monkeypatch.setattr(Programs, "step", spy)
+    prompts, params = work()
+    with LLM(str(checkpoint), **OPTIONS | {"row_buckets": (6,)}) as llm:
+        compiles = compile_counter().count
+        used.clear()
+        assert llm.generate(prompts[:1], params[0], use_tqdm=False)[0].outputs[0].token_ids == alone[0]
+        assert set(used) == {True}
+        assert answers(llm) == alone
+        assert compile_counter().count == compiles
+    texts = {greedy: program.as_text() for greedy, program in used.items()}
+    assert " conditional(" in texts[False]
+    assert " conditional(" not in texts[True]
 
 
 def test_neighbours_change_nothing(llm: LLM, alone: list[list[int]]) -> None:

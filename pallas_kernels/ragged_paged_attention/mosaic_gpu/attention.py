@@ -41,10 +41,10 @@ def ragged_paged_attention(
     _check(q, kv_pages)
     num_ctas = _INTERPRETED_CTAS if interpret else _num_multiprocessors()
     launch = Launch(num_ctas, interpret)
-    tokens = q.shape[0]
-    heads = heads_of(q, kv_pages.data)
+    pages, tokens = kv_pages.data, q.shape[0]
+    heads = heads_of(q, pages)
     places = token_places(metadata, tokens, kv_pages.layout.page_size)
-    pages = write(kv_pages.data, k, v, places, interpret=interpret)
+    pages = write(pages, k, v, places, interpret=interpret)
     all_workers = decode.num_workers(heads.head_dim, launch)
     cut = functools.partial(
         share_out,
