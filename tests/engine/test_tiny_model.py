@@ -99,7 +99,8 @@ def test_greedy_steps_may_have_programs_without_branches(
     monkeypatch.setattr(Cpu, "branches_on_host", True)
     monkeypatch.setattr(Programs, "step", spy)
     prompts, params = work()
-    with LLM(str(checkpoint), **OPTIONS | {"row_buckets": (6,)}) as llm:
+    options: dict[str, Any] = OPTIONS | {"row_buckets": (6,)}
+    with LLM(str(checkpoint), **options) as llm:
         compiles = compile_counter().count
         used.clear()
         assert llm.generate(prompts[:1], params[0], use_tqdm=False)[0].outputs[0].token_ids == alone[0]

@@ -54,13 +54,14 @@ CLAIMED = [
 LLAMA_8B: dict[str, Any] = {"rows": 128, "max_pages": 1024, "q_heads": 32, "kv_heads": 8, "head_dim": 128}
 LLAMA_1B: dict[str, Any] = LLAMA_8B | {"head_dim": 64}
 LLAMA_8B_OF_8: dict[str, Any] = LLAMA_8B | {"q_heads": 4, "kv_heads": 1}
+LLAMA_1B_OF_8: dict[str, Any] = LLAMA_8B_OF_8 | {"head_dim": 64}
 SERVED = {
     "8b_decode": Shape(tokens=128, **LLAMA_8B),
     "8b_mixed": Shape(tokens=2048, **LLAMA_8B),
     "8b_of_8_decode": Shape(tokens=128, **LLAMA_8B_OF_8),
     "8b_int8_mixed": Shape(tokens=2048, kv_dtype="int8", **LLAMA_8B),
     "8b_of_8_int8_mixed": Shape(tokens=2048, kv_dtype="int8", **LLAMA_8B_OF_8),  # folded
-    "1b_of_8_mixed": Shape(tokens=2048, **LLAMA_8B_OF_8 | {"head_dim": 64}),  # packed and folded
+    "1b_of_8_mixed": Shape(tokens=2048, **LLAMA_1B_OF_8),  # packed and folded
     "1b_mixed": Shape(tokens=2048, **LLAMA_1B),
     "gemma2_mixed": Shape(
         tokens=512, q_heads=8, kv_heads=4, head_dim=256, sliding_window=4096, soft_cap=50.0
