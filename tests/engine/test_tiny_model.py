@@ -177,7 +177,7 @@ def test_an_8_bit_cache_gives_nearly_the_same_logprobs(eight_bit: LLM, llm: LLM)
     for got, want in zip(*runs, strict=True):
         ours, theirs = (output.outputs[0].logprobs[0] for output in (got, want))
         shared = ours.keys() & theirs.keys()
-        assert len(shared) >= 15
+        assert len(shared) >= 10, "of the 20 likeliest of each"
         most = max(most, *(abs(ours[token].logprob - theirs[token].logprob) for token in shared))
     assert 0.001 < most < {"int8": 0.3, "float8_e4m3fn": 1.4}[str(layout.dtype)]
 
