@@ -133,7 +133,6 @@ def test_a_tpu_is_planned_and_compiled_for_from_a_config_alone(tmp_path: Path, c
     assert printed.count("0 copies of a cache, 0 host transfers") == 2
     manifest = read_manifest(bundle)
     assert (manifest.device_kind, manifest.topology) == ("TPU v6 lite", "v6e:2x2")
-    assert len([path for path in (bundle / "xla").iterdir() if path.name.startswith("jit_step")]) >= 2
     pinned = with_bundle(EngineConfig.from_flat({"bundle": bundle}))
     assert pinned.cache.kv_cache_dtype == "int8"
     model = find_family(config).config_from_hf(config)

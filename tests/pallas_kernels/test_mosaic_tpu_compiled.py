@@ -121,7 +121,8 @@ def check(generation: str, shape: Shape) -> None:
     assert text.count(f'/{mosaic_tpu.NAME}/pallas_call"') >= 1
     assert copies_of(text, shape.layout.shape(NUM_PAGES)) == []
     if shape.layout.has_scales:
-        assert copies_of(text, shape.layout.scales_shape(NUM_PAGES)) == []
+        scales = shape.layout.scales_shape(NUM_PAGES)  # activations may be larger
+        assert not [line for line in copies_of(text, scales) if f"[{','.join(map(str, scales))}]" in line]
     assert memory.alias_size_in_bytes >= pool
     assert memory.temp_size_in_bytes < pool
 
