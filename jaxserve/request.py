@@ -128,7 +128,6 @@ class Request:
     num_computed_tokens: int = 0
     num_tokens: int = dataclasses.field(init=False)  # those being sampled by steps in flight included
     max_num_tokens: int = dataclasses.field(init=False)  # prompt + max_tokens
-    num_steps_in_flight: int = 0
     slot: int | None = None
     page_ids: list[int] = dataclasses.field(default_factory=list[int])
     predicted_output_tokens: float | None = None  # the median guess
@@ -145,8 +144,9 @@ class Request:
         self.note_limit()
 
     def note_limit(self) -> None:
-        """Sets the output length at which the request ends or outgrows its prediction, whichever is first."""
-        self.next_limit = min(self.max_tokens, self.predicted_output_upper + 1)
+        """Sets the output length at which the request begins, ends or outgrows its prediction."""
+        is_first = self.first_token_time is None
+        self.next_limit = 1 if is_first else min(self.max_tokens, self.predicted_output_upper + 1)
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -166,6 +166,10 @@ class Request:
     def is_finished(self) -> bool:
         return self.status is RequestStatus.FINISHED
 
-    def known_token_ids(self) -> list[int]:
-        """Prompt and output token ids, as one new list."""
-        return [*self.prompt_token_ids, *self.output_token_ids]
+    def known_token_ids(self) -> Sequence[int]:
+        """Prompt and output token ids; those of a request without output are its prompt's own."""
+        return (
+            (*self.prompt_token_ids, *self.output_token_ids)
+            if self.output_token_ids
+            else self.prompt_token_ids
+        )

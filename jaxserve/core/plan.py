@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from jaxserve.request import SamplingParams
@@ -68,7 +69,7 @@ class Admission:
 
     request_id: str
     slot: int
-    token_ids: tuple[int, ...]
+    token_ids: Sequence[int]
     page_ids: tuple[int, ...]
     num_prompt_tokens: int
     params: SamplingParams

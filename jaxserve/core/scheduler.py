@@ -91,6 +91,7 @@ class Scheduler:
         self._in_flight: deque[tuple[StepPlan, list[Request]]] = deque()
         self._with_deadline: set[Request] = set()
         self._ended: list[RequestUpdate] = []  # ends that no step's result will report
+        self._page_ends: list[Request] = []  # whose next token is the first of a page
         self._outgrown: list[Request] = []  # longer than the upper quantile of their prediction
         self._step = 0
         self._num_preemptions = 0
@@ -178,7 +179,7 @@ class Scheduler:
         """Plans the next step, or returns None if nothing can run before a result or an arrival comes."""
         if self._with_deadline:
             self._expire(now)
-        draft = Draft(budget=self._ladder.token_budget)
+        draft = Draft(budget=self._ladder.token_budget, page_size=self._kv.page_size)
         self._grow_decodes(now, draft)
         self._release_batch(now)  # a batch whose last running member was preempted is over, too
         if self._waiting:
@@ -188,6 +189,7 @@ class Scheduler:
         prefills = draft.plan_decodes(self._running)
         if prefills or self._waiting:
             self._plan_prefills(prefills, now, draft)
+        self._page_ends = draft.page_ends
         if not draft.rows:
             return None
         num_rows = len(draft.rows)
@@ -207,10 +209,14 @@ class Scheduler:
         return plan
 
     def _grow_decodes(self, now: float, draft: Draft) -> None:
-        """Gives each running request the page of its next token, taking a victim's pages if none is left."""
-        page_size = self._kv.page_size
-        for request in [r for r in self._running if r.num_tokens > len(r.page_ids) * page_size]:
+        """Gives each running request the page of its next token, taking a victim's pages if none is left.
+
+        Only those that the plan before left at the end of a page can lack one.
+        """
+        for request in self._page_ends:
             if request.status is not RequestStatus.RUNNING or not _may_decode(request):
+                continue
+            if not self._kv.missing_pages(request, request.num_tokens):
                 continue
             while self._kv.num_free == 0 and request.status is RequestStatus.RUNNING:
                 self._preempt(self._policies.victim.choose(self._running), now, draft)
@@ -225,10 +231,16 @@ class Scheduler:
         if self._step % _PREEMPTION_INTERVAL or self._policies.admission.holds_slots:
             return
         head = self._waiting.peek()
-        if head is not None and head.num_steps_in_flight == 0:
+        if head is not None and not self._is_in_flight(head):
             victim = ordering.preempts(self._running, head, now)
             if victim is not None:
                 self._preempt(victim, now, draft, for_id=head.id)
+
+    def _is_in_flight(self, waiting: Request) -> bool:
+        """Whether a step has a row of a request that waits: it was preempted after that was planned."""
+        if waiting.status is not RequestStatus.PREEMPTED:
+            return False
+        return any(waiting in owners for _, owners in self._in_flight)
 
     def _plan_prefills(self, prefills: list[Request], now: float, draft: Draft) -> None:
         """The next chunks of prompts that are partly computed, and then those of new requests."""
@@ -277,7 +289,7 @@ class Scheduler:
         quota += len(draft.admissions)
         while len(draft.admissions) < quota and (is_batch or draft.budget > 0):
             request = self._waiting.peek()
-            if request is None or request.num_steps_in_flight > 0:  # a resumed request's tokens must be known
+            if request is None or self._is_in_flight(request):  # a resumed request's tokens must be known
                 return
             if ahead_of is not None and self._ranking is not None and self._ranking.rank(request) >= ahead_of:
                 return
@@ -323,7 +335,7 @@ class Scheduler:
             Admission(
                 request_id=request.id,
                 slot=request.slot,
-                token_ids=tuple(request.known_token_ids()),
+                token_ids=request.known_token_ids(),
                 page_ids=tuple(request.page_ids),
                 num_prompt_tokens=request.num_prompt_tokens,
                 params=request.params,
@@ -382,18 +394,20 @@ class Scheduler:
     # ------------------------------------------------------------------ results
 
     def update(self, result: StepResult, now: float) -> list[RequestUpdate]:
-        """Takes the result of the oldest step in flight; returns what changed, in row order."""
+        """Takes the result of the oldest step in flight; returns what changed, in row order.
+
+        The other loop that runs for every token.
+        """
         plan, owners = self._in_flight.popleft()
         updates: list[RequestUpdate] = []
-        finished = RequestStatus.FINISHED
+        finished, make = RequestStatus.FINISHED, _make_update
         logprobs = repeat(None) if result.logprobs is None else result.logprobs
         bad = [i in result.bad_rows for i in range(len(owners))] if result.bad_rows else repeat(False)
         for row, request, token_id, row_logprobs, is_bad in zip(
             plan.rows, owners, result.token_ids, logprobs, bad, strict=False
         ):
-            request.num_steps_in_flight -= 1
-            if not row.samples or request.status is finished:
-                continue  # a chunk in mid-prompt, or a row that turned out to be finished
+            if not row[4] or request.status is finished:
+                continue  # a chunk in mid-prompt does not sample; a row may turn out to be finished
             if is_bad:
                 request.error = "the model produced logits that are not finite"
                 self._leave(request, FinishReason.ERROR, now)
@@ -401,19 +415,21 @@ class Scheduler:
                 continue
             output = request.output_token_ids
             output.append(token_id)
-            ended = False
-            if request.first_token_time is None:
-                request.first_token_time = now
             if token_id in request.stop_token_ids or len(output) >= request.next_limit:
                 ended = self._end_row(request, token_id, now)
-            updates.append(_make_update((request, token_id, row_logprobs, ended)))
+            else:
+                ended = False
+            updates.append(make((request, token_id, row_logprobs, ended)))
         if self._observers.want_tokens:
             self._observers.generated([u.request for u in updates if u.token_id is not None], now)
         self._release_batch(now)
         return updates
 
     def _end_row(self, request: Request, token_id: int, now: float) -> bool:
-        """Ends a request if its newest token is its last; whether its caller may hear of the end now."""
+        """Looks at a token that may be a request's first or last; whether it ended and may say so now."""
+        if request.first_token_time is None:
+            request.first_token_time = now
+            request.note_limit()
         reason = _finish_reason(request, token_id)
         if reason is None:
             if len(request.output_token_ids) > request.predicted_output_upper:

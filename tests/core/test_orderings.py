@@ -53,7 +53,7 @@ class Scripted:
     def key_until(self, request: Request, now: float) -> float:
         return now + 1.0
 
-    def lane(self, request: Request) -> str:
+    def lane(self, request: Request, now: float) -> str:
         return request.client
 
     def lane_key(self, lane: str) -> float:
