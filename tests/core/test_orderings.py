@@ -153,7 +153,7 @@ def test_spf_gives_the_chunk_but_not_the_pages_of_a_long_prompt_to_a_short_one()
     core, fake = make_core(ordering="spf", pipeline_depth=0, token_budget=32, num_slots=4)
     core.add(make_request("long", range(100), 2))
     core.step()
-    core.add(make_request("short", range(5), 2, arrival=0.0))
+    core.add(make_request("short", range(60, 65), 2, arrival=0.0))
     core.step()
     rows = [(r.request_id, r.num_tokens) for r in fake.batches[1].plan.rows]
     assert rows == [("short", 5), ("long", 27)]

@@ -37,7 +37,7 @@ def live_run(seed: int, depth: int = 1, **policies: Any) -> tuple[list[dict[str,
         prompt = parent.prompt_token_ids if parent else random_prompt(rng, 40)
         request = make_request(
             f"r{index}", prompt, rng.randint(5, 24), seed=index, arrival=clock.now,
-            stop_token_ids=frozenset({rng.randrange(101)}), parent_id=parent.id if parent else None,
+            stop_token_ids=frozenset({rng.randrange(101)}),
             priority=rng.randint(-1, 1), client=f"c{index % 3}", min_tokens=rng.choice([0, 0, 5]),
             deadline=clock.now + 0.5 if rng.random() < 0.1 else None,
         )  # fmt: skip
