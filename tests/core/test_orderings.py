@@ -201,9 +201,9 @@ def test_two_clients_that_always_wait_get_the_same_service(ordering: str) -> Non
     core, executor = engine(clock, ordering=ordering, num_slots=8, pipeline_depth=0)
     rng = random.Random(1)
     for index in range(1500):
-        core.add(make_request(f"flood-{index}", [1] * 64, rng.randint(20, 60), client="flood"))
+        core.add(make_request(f"flood-{index}", [index] * 64, rng.randint(20, 60), client="flood"))
     for index in range(600):
-        core.add(make_request(f"calm-{index}", [1] * 16, rng.randint(5, 20), client="calm"))
+        core.add(make_request(f"calm-{index}", [2000 + index] * 16, rng.randint(5, 20), client="calm"))
     worst = 0.0
     for step in range(1000):
         core.step()

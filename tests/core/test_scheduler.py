@@ -343,7 +343,7 @@ def test_admission_prices_the_whole_prompt() -> None:
     """Of 8 pages a prompt of 3 leaves 5: one of 7 must wait, though its first chunk would fit."""
     core, fake = make_core(num_pages=9, page_size=4, token_budget=16, num_slots=4, watermark_pages=0)
     core.add(make_request("small", list(range(12)), 2))
-    core.add(make_request("large", list(range(28)), 2))
+    core.add(make_request("large", list(range(50, 78)), 2))
     run_to_end(core)
     started = {a.request_id: plan.step for plan in plans(fake) for a in plan.admissions}
     small_ends = max(p.step for p in plans(fake) if any(r.request_id == "small" for r in p.rows))

@@ -202,7 +202,7 @@ def test_traces_are_read_repeated_and_stretched(tmp_path: Path) -> None:
     assert rows == [TraceRequest(0.5, 5, 3, "a"), TraceRequest(2.0, 7, 1, "b")]
     mooncake = tmp_path / "m.jsonl"
     mooncake.write_text('{"timestamp": 1500, "input_length": 9, "output_length": 4, "hash_ids": [1]}\n')
-    assert read_trace(mooncake) == [TraceRequest(1.5, 9, 4)]
+    assert read_trace(mooncake) == [TraceRequest(1.5, 9, 4, block_hashes=(1,))]
     assert [row.arrival_s for row in repeated(rows, 5)] == [0.5, 2.0, 3.5, 5.0, 6.5]
     assert [row.arrival_s for row in at_rate(rows, 4.0)] == [0.0, 0.25]
     for name in ("missing.csv", "t.txt"):
