@@ -137,7 +137,9 @@ def compare(
 def main(argv: list[str] | None = None) -> int:
     """Serves, records, calibrates, simulates, compares."""
     args = _parser().parse_args(argv)
-    config = EngineConfig.from_flat({"max_queued_requests": args.requests} | engine_options(args))
+    # The trace does not say which prompts begin alike, so the real ones must not share either.
+    defaults = {"max_queued_requests": args.requests, "enable_prefix_caching": False}
+    config = EngineConfig.from_flat(defaults | engine_options(args))
     model = load_model(config)
     traces = find_traces(args.traces)
     prompts = PromptSource(model.tokenizer, traces, args.bench_seed)

@@ -173,7 +173,7 @@ def check_client(client: object) -> None:
 
 
 def check_cache_salt(cache_salt: object) -> None:
-    """A salt is any text that is not long, or empty for the prefixes that all share. Raises ValidationError."""
+    """A salt is a text that is not long, or empty for prefixes that all share. Raises ValidationError."""
     if not isinstance(cache_salt, str) or len(cache_salt) > MAX_CACHE_SALT_CHARS:
         raise ValidationError(
             "cache_salt", cache_salt, f"must be a text of at most {MAX_CACHE_SALT_CHARS} characters"

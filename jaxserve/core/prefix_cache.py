@@ -2,15 +2,15 @@
 
 The tree holds one reference to each page in it, every request one to each page in its table. Pages are shared
 as they are: a page in the tree is full and never written again, so nothing is copied. What a running request
-computes is put in the tree chunk by chunk; the rest when it leaves its slot, finished or preempted. A request
-whose next page somebody else is computing waits for it (its *claim*) and computes nothing twice.
+computes of its prompt is put in the tree chunk by chunk; the rest when it leaves its slot, finished or
+preempted. It claims the page that comes next: who needs that one waits for it, and nothing is computed twice.
 
     position   0 .............. matched ............... num_computed ...... num_tokens
     pages      [ shared, locked ][ own, in the tree soon ][ own, not full  ]
 
-Further tiers would plug in here: `PrefixCache.evict` is where pages go before they are overwritten (a host tier
-would copy them), `PrefixCache.match` where they would be missed (it would bring them back), and the tree's
-changes are what a router of several engines would be told.
+Further tiers would plug in here: `PrefixCache.evict` is where pages go before they are overwritten (a host
+tier would copy them), `PrefixCache.match` where they would be missed (it would bring them back), and the
+tree's changes are what a router of several engines would be told.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A radix tree over full KV pages: which page holds the keys and values of which tokens.
 
-An edge is a run of tokens in whole pages. A running request locks the path of its tokens. What nobody locks can
-be evicted: leaves first, and of these the least valuable. Bookkeeping only: reference counts of pages are the
-caller's (`jaxserve.core.prefix_cache`).
+An edge is a run of tokens in whole pages. A running request locks the path of its tokens. What nobody locks
+can be evicted: leaves first, and of these the least valuable. Reference counts of pages are the caller's
+(`jaxserve.core.prefix_cache`).
 
     root of a salt --[system prompt: pages 7 3]--+--[question: page 9]
                                                  +--[question: pages 4 5]--[answer and next question: page 8]
@@ -45,12 +45,18 @@ class Node:
     """
 
     __slots__ = (
-        "children", "claims", "heat", "is_queued", "log_cost", "num_locks", "pages", "parent", "salt", "start",
-        "tokens",
+        "children", "claims", "heat", "is_queued", "log_cost", "num_locks", "pages", "parent", "salt",
+        "start", "tokens",
     )  # fmt: skip
 
     def __init__(
-        self, parent: Node | None, start: int, tokens: bytes, pages: list[int], log_cost: float, salt: str = ""
+        self,
+        parent: Node | None,
+        start: int,
+        tokens: bytes,
+        pages: list[int],
+        log_cost: float,
+        salt: str = "",
     ) -> None:
         self.parent = parent
         self.start = start
@@ -101,9 +107,9 @@ NO_MATCH: Final = Match(Node(None, 0, b"", [], 0.0), 0, 0, 0, is_claimed=False)
 class RadixTree:
     """One tree a salt: tokens under different salts never meet.
 
-    Value of a leaf: v = (expected reuses within the horizon) x (seconds to compute it again) / bytes. Accesses
-    lose weight exponentially, at the same rate everywhere, so the order of two values never changes by itself
-    and a heap of them stays right. All pages have the same number of bytes.
+    Value of a leaf: v = (expected reuses within the horizon) x (seconds to compute it again) / bytes.
+    Accesses lose weight exponentially, at the same rate everywhere, so the order of two values never changes
+    by itself and a heap of them stays right. All pages have the same number of bytes.
 
     Args:
         page_size: tokens of a page.
@@ -344,7 +350,10 @@ class RadixTree:
                 raise RuntimeError(f"eviction cannot find the leaf {node.pages}")
             if node.claims and not node.num_locks:
                 raise RuntimeError("a claim without a lock")
-        found, kept = (num_nodes, num_pages, num_evictable), (self.num_nodes, self.num_pages, self.num_evictable)
+        found, kept = (
+            (num_nodes, num_pages, num_evictable),
+            (self.num_nodes, self.num_pages, self.num_evictable),
+        )
         if found != kept:
             raise RuntimeError(f"(nodes, pages, evictable) are {found}, counted as {kept}")
 

@@ -345,7 +345,7 @@ class Scheduler:
         self._waiting.push(request, now)
 
     def _preempt(self, request: Request, now: float, draft: Draft, *, for_id: str | None = None) -> None:
-        """Takes a running request's slot; it computes what is then not in the prefix cache when it runs again."""
+        """Takes a running request's slot; what it computed is the prefix cache's, if there is one."""
         if self._log is not None:
             self._log.preempted(self._step, now, request.id, for_id=for_id)
         draft.drop_pages(request)

@@ -1,8 +1,8 @@
 """Where prompts made from one template stop sharing it: advice for whoever writes the template.
 
-A date, a user's name or an id near the top of a prompt ends what can be cached, though the text after it is the
-same in every request. Such a request parts from the cache at one position and then goes on with words that the
-cached prompt has as well, soon after the place where they parted. Nothing is ever rewritten.
+A date, a user's name or an id near the top of a prompt ends what can be cached, though the text after it is
+the same in every request. Such a request parts from the cache at one position, and goes on with words that
+the cached prompt has as well, soon after the place where they parted. Nothing is ever rewritten.
 """
 
 from __future__ import annotations
@@ -80,7 +80,9 @@ class TemplateBreaks:
 
     def worst(self, count: int = 5) -> list[TemplateBreak]:
         """The places that cost most tokens, worst first."""
-        breaks = [TemplateBreak(key[1], p.num_requests, p.lost_tokens) for key, p in list(self._places.items())]
+        breaks = [
+            TemplateBreak(key[1], p.num_requests, p.lost_tokens) for key, p in list(self._places.items())
+        ]
         return sorted(breaks, key=lambda place: (-place.lost_tokens, place.position))[:count]
 
 

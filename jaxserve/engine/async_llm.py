@@ -139,8 +139,8 @@ class AsyncLLM:
             request_id: yours, unique among those alive; one is made up otherwise.
             priority: under ``ordering="priority"`` and ``"strict_priority"``; lower runs earlier.
             client: whose request it is, under ``ordering="fair"`` and others that are fair to clients.
-            cache_salt: cached prefixes are shared with requests of the same salt only: one for each tenant keeps
-                tenants apart.
+            cache_salt: cached prefixes are shared with requests of the same salt only; one for each tenant
+                keeps tenants apart.
             timeout_s: after so many seconds the request ends with finish reason ``deadline``.
 
         Raises:

@@ -72,7 +72,9 @@ class _RecordedExecutor:
         self._clock.advance_to(record["t"])
         stopped = set(record["stopped"])
         token_ids = [
-            STOP_TOKEN if row.request_id in stopped else self._contents[row.request_id].at(row.start + row.num_tokens)
+            STOP_TOKEN
+            if row.request_id in stopped
+            else self._contents[row.request_id].at(row.start + row.num_tokens)
             for row in handle.rows
         ]
         return StepResult(token_ids, bad_rows=tuple(record["bad_rows"]), device_s=record["step_s"])

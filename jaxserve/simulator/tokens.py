@@ -1,4 +1,4 @@
-"""Token ids that nobody has written down: which parts of prompts are equal is all that a prefix cache asks."""
+"""Token ids of prompts of which only is known what they have in common: a prefix cache asks for no more."""
 
 from __future__ import annotations
 

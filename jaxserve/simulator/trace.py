@@ -37,8 +37,8 @@ def read_trace(path: Path, most: int | None = None) -> list[TraceRequest]:
     """The first ``most`` requests of a trace (default: all), in order of arrival.
 
     CSV has the columns ``arrival_s, prompt_tokens, output_tokens`` (Azure's traces as published, renamed);
-    JSON lines have ``timestamp`` (ms), ``input_length``, ``output_length`` and perhaps ``hash_ids`` (Mooncake), or
-    the CSV's names.
+    JSON lines have ``timestamp`` (ms), ``input_length``, ``output_length`` and perhaps ``hash_ids``
+    (Mooncake), or the CSV's names.
     Optional in both: ``client``, ``priority``.
 
     Raises:

@@ -36,7 +36,9 @@ def serve(core: EngineCore[Any], *requests: Request) -> None:
 def assert_right_tokens(requests: list[Request]) -> None:
     for request in requests:
         count = len(request.output_token_ids)
-        assert request.output_token_ids == expected_tokens(list(request.prompt_token_ids), request.seed, count)
+        assert request.output_token_ids == expected_tokens(
+            list(request.prompt_token_ids), request.seed, count
+        )
 
 
 def prompt_of(*parts: int, length: int = PAGE) -> list[int]:
@@ -132,7 +134,9 @@ def test_a_claim_ends_with_its_owner() -> None:
 
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_a_preempted_request_finds_its_pages_again(depth: int) -> None:
-    core, fake = make_core(num_slots=2, num_pages=12, watermark_pages=0, pipeline_depth=depth, token_budget=64)
+    core, fake = make_core(
+        num_slots=2, num_pages=12, watermark_pages=0, pipeline_depth=depth, token_budget=64
+    )
     requests = [make_request(f"r{i}", prompt_of(i, i + 10, i + 20), 16, seed=i) for i in range(2)]
     serve(core, *requests)
     assert requests[1].num_preemptions > 0
@@ -157,7 +161,7 @@ def test_cached_pages_make_room_for_others() -> None:
 
 
 def test_admission_prices_only_what_is_not_cached() -> None:
-    """Ten pages are in use of 16, eight of them shared: a request of ten pages fits, of which it needs two."""
+    """Of 16 pages 9 are in use, 8 of them shared: a request of ten fits if it lacks only two."""
     core, _ = make_core(num_slots=4, num_pages=17, watermark_pages=0, token_budget=64, pipeline_depth=0)
     prefix = prompt_of(*range(8))
     holder = make_request("holder", [*prefix, 1, 2], 20)
@@ -265,8 +269,13 @@ def test_hits_equal_those_of_an_independent_trie() -> None:
     history: list[list[int]] = []
     for index in range(150):
         source = rng.choice([*documents, *history[-8:]])
-        prompt = [*source[: rng.randint(1, len(source))], *(rng.randrange(101) for _ in range(rng.randint(0, 9)))]
-        request = make_request(f"r{index}", prompt, rng.randint(1, 9), seed=index, cache_salt=rng.choice(["", "s"]))
+        prompt = [
+            *source[: rng.randint(1, len(source))],
+            *(rng.randrange(101) for _ in range(rng.randint(0, 9))),
+        ]
+        request = make_request(
+            f"r{index}", prompt, rng.randint(1, 9), seed=index, cache_salt=rng.choice(["", "s"])
+        )
         expected = trie.hit_tokens(prompt, request.cache_salt)
         serve(core, request)
         assert request.num_cached_tokens == expected
@@ -317,10 +326,13 @@ def test_random_conversations_leak_nothing(
         source = rng.choice(documents)
         if before is not None:
             source = [*before.prompt_token_ids, *before.output_token_ids]
-        prompt = [*source[: rng.randint(1, len(source))], *(rng.randrange(101) for _ in range(rng.randint(0, 6)))]
+        prompt = [
+            *source[: rng.randint(1, len(source))],
+            *(rng.randrange(101) for _ in range(rng.randint(0, 6))),
+        ]
         request = make_request(
-            f"r{index}", prompt[:60], rng.randint(1, 30), seed=index, arrival=clock.now, client=f"c{index % 2}",
-            priority=rng.randint(-1, 1), cache_salt=rng.choice(["", "", "s"]),
+            f"r{index}", prompt[:60], rng.randint(1, 30), seed=index, arrival=clock.now,
+            client=f"c{index % 2}", priority=rng.randint(-1, 1), cache_salt=rng.choice(["", "", "s"]),
             stop_token_ids=frozenset({rng.randrange(101)}),
         )  # fmt: skip
         requests.append(request)
@@ -349,13 +361,15 @@ def test_random_conversations_leak_nothing(
 def test_template_breaks_are_reported() -> None:
     """A date of varying length after six tokens; the same text after it. A shared top alone is no break."""
     rng = random.Random(2)
-    top, text = prompt_of(1)[:4] + [3, 4], [rng.randrange(5, 101) for _ in range(200)]
+    top, text = [*prompt_of(1), 3, 4], [rng.randrange(5, 101) for _ in range(200)]
     core, _ = make_core(num_pages=2000, token_budget=512)
     for index in range(12):
         date = [rng.randrange(101) for _ in range(3 + index % 3)]
         serve(core, make_request(f"r{index}", [*top, *date, *text, index], 1))
     for index in range(5):
-        serve(core, make_request(f"o{index}", [*prompt_of(8, 9), *(rng.randrange(101) for _ in range(150))], 1))
+        serve(
+            core, make_request(f"o{index}", [*prompt_of(8, 9), *(rng.randrange(101) for _ in range(150))], 1)
+        )
     breaks = cache_stats(core).template_breaks
     assert sum(place.num_requests for place in breaks) >= 9
     assert {place.position for place in breaks} <= {6, 7, 8}, "a date may begin like another one"

@@ -43,7 +43,9 @@ class TreeMachine(RuleBasedStateMachine):
         self.rng = random.Random(seed)
         self.tree = make_tree(cost=0.01)
         self.model: dict[tuple[str, tuple[int, ...]], int] = {}
-        self.paths: list[tuple[Node, str, list[int], bool]] = []  # (node, salt, tokens on the path, owns its end)
+        self.paths: list[
+            tuple[Node, str, list[int], bool]
+        ] = []  # (node, salt, tokens on the path, owns its end)
         self.now = 0.0
         self.next_page = 1
 
@@ -111,7 +113,9 @@ class TreeMachine(RuleBasedStateMachine):
         left = {key: page for key, page in self.model.items() if page not in set(pages)}
         assert len(left) == len(self.model) - len(pages), "a page that was not there"
         for salt, tokens in left:
-            assert len(tokens) == PAGE or (salt, tokens[:-PAGE]) in left, "an inner page before those after it"
+            assert len(tokens) == PAGE or (salt, tokens[:-PAGE]) in left, (
+                "an inner page before those after it"
+            )
         self.model = left
 
     @rule(seconds=st.sampled_from([0.0, 1.0, 400.0]))
@@ -142,7 +146,9 @@ def test_edges_are_cut_where_tokens_part() -> None:
     tree = make_tree()
     put(tree, [1, 1, 2, 2, 3, 3], [11, 12, 13])
     put(tree, [1, 1, 2, 2, 4, 4, 5, 5], [21, 22, 23, 24])
-    edges = {tuple(node.pages): [c.pages for c in node.children.values()] for node in tree.nodes() if node.pages}
+    edges = {
+        tuple(node.pages): [c.pages for c in node.children.values()] for node in tree.nodes() if node.pages
+    }
     assert edges == {(11, 12): [[13], [23, 24]], (13,): [], (23, 24): []}
     assert found(tree, [1, 1, 2, 2, 4, 4, 9, 9]) == 3
     assert found(tree, [1, 1, 2, 9]) == 1, "only whole pages"

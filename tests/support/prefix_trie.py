@@ -1,4 +1,4 @@
-"""What a prefix cache that never evicts must find: a trie of pages, written without looking at the real one."""
+"""What a prefix cache that never evicts must find: a trie of pages that shares no code with the real one."""
 
 from __future__ import annotations
 
