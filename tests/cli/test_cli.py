@@ -105,8 +105,8 @@ EXAMPLES: dict[str, tuple[str, Any]] = {
 @pytest.mark.parametrize("name", [name for name, _ in config.flat_fields()])
 def test_flags_reach_the_config(name: str) -> None:
     flag = f"--{name.replace('_', '-')}"
-    if name == "compile_cache":
-        argv, expected = ["--no-compile-cache"], False
+    if name in ("compile_cache", "enable_prefix_caching"):
+        argv, expected = [f"--no-{flag[2:]}"], False
     else:
         text, expected = EXAMPLES.get(name, ("7", 7))
         argv = [flag, text]
