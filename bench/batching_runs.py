@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import queue
 import time
 from typing import Any, NamedTuple
 
@@ -12,13 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from bench.measures import RequestTimes, request_times, steady_throughput, summary
+from bench.real_engine import check_lengths, generate
 from bench.workloads import Item, Workload
 from jaxserve.config import Batching, EngineConfig
 from jaxserve.core.batch import StepBatch
 from jaxserve.core.plan import StepPlan, StepResult
-from jaxserve.engine.build import Engine, LoadedModel, load_model, make_core, make_engine, make_runner
-from jaxserve.outputs import RequestOutput
-from jaxserve.request import SamplingParams
+from jaxserve.engine.build import LoadedModel, load_model, make_core, make_engine, make_runner
 from jaxserve.runner.model_runner import ModelRunner, StepHandle
 from jaxserve.runner.resolve import ResolvedConfig
 
@@ -117,9 +115,7 @@ class Runners:
             engine.close()
         if compiles:
             raise RuntimeError(f"{compiles} compilations in the timed window of {mode} at {batch_size}")
-        for item, output in zip(workload.items, outputs, strict=True):
-            if len(output.outputs[0].token_ids) != item.output_tokens:
-                raise RuntimeError(f"{output} should have had {item.output_tokens} tokens")
+        check_lengths(workload, outputs)
         times = [request_times(output) for output in outputs]
         run = Run(
             mode, batch_size, times, slot_table(recorder.plans, resolved.num_slots), recorder.token_times
@@ -132,24 +128,10 @@ class Runners:
         return dataclasses.replace(self._config, scheduler=scheduler)
 
 
-def generate(engine: Engine, workload: Workload) -> list[RequestOutput]:
-    """Submits every request at its arrival time, whatever became of those before (open loop)."""
-    inbox: queue.SimpleQueue[list[RequestOutput]] = queue.SimpleQueue()
-    start = time.monotonic()
-    for index, item in enumerate(workload.items):
-        delay = start + item.arrival_s - time.monotonic()
-        if delay > 0:
-            time.sleep(delay)
-        params = SamplingParams(temperature=0.0, max_tokens=item.output_tokens, ignore_eos=True)
-        group = engine.inputs.from_prompt(item.prompt_token_ids, params, request_id=str(index))
-        engine.loop.submit(group, inbox.put, streams=False)
-    outputs: dict[str, RequestOutput] = {}
-    while len(outputs) < len(workload.items):
-        outputs |= {output.request_id: output for output in inbox.get()}
-    return [outputs[str(index)] for index in range(len(workload.items))]
-
-
 def offline_config(options: dict[str, Any], num_requests: int) -> EngineConfig:
-    """Every request may wait in the queue, and computes all of its prompt, unless options say otherwise."""
+    """Every request may wait in the queue, and computes all of its prompt, unless options say otherwise.
+
+    Repeated runs have the same prompts, and traces of lengths do not say which prompts begin alike.
+    """
     defaults = {"max_queued_requests": num_requests, "enable_prefix_caching": False}
     return EngineConfig.from_flat(defaults | options)

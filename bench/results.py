@@ -141,3 +141,14 @@ def int_list(text: str) -> tuple[int, ...]:
     if not numbers or min(numbers) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of positive integers like 8,16,32")
     return numbers
+
+
+def float_list(text: str) -> tuple[float, ...]:
+    """Parses ``0.5,0.8`` for argparse."""
+    try:
+        numbers = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or not all(0.0 < number < math.inf for number in numbers):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of positive numbers like 0.5,0.8")
+    return numbers

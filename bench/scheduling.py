@@ -13,6 +13,7 @@ is in each record. Parts:
 - ``ladder``: static, dynamic, iteration-level, chunked, searched chunks, predicted order; several workloads.
 - ``decisions``: CPU milliseconds of one decision at 256 running and 10,000 waiting requests.
 - ``scale``: seconds to simulate 100,000 requests on eight engines.
+- ``sweep``: policies by load on the real engine, beside the simulator (`load_sweep.py`); only if named.
 """
 
 from __future__ import annotations
@@ -25,8 +26,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.results import Results, add_output_flag, host_device
+from bench import load_sweep
+from bench.results import Results, add_output_flag, float_list, host_device, jax_device
+from bench.shapes import add_shape_flag
+from bench.sim_vs_real import POLICIES
 from bench.workloads import find_traces, synthetic_trace
+from jaxserve.cli.arguments import CommandParser, add_engine_flags, engine_options
 from jaxserve.config import SchedulerConfig
 from jaxserve.core.known_lengths import make_known_length_predictor
 from jaxserve.core.policies.registry import ORDERINGS
@@ -37,6 +42,9 @@ from jaxserve.simulator.simulation import SimulationOptions, SimulationResult, s
 from jaxserve.simulator.trace import TraceRequest, at_once, at_rate, poisson, read_trace, repeated, uniform
 
 BUCKETS = (64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048)
+SWEEP = "sweep"
+_REQUESTS, _SWEEP_REQUESTS = 4000, 150
+_SET_HERE = frozenset({"ordering", "max_wait_s", "seed"})
 CONVERSATION, CODE, SUMMARIES = "azure2023_conv", "azure2023_code", "arxiv_summarization_lengths"
 SHOWN = (
     "output_tok_s", "ttft_mean_s", "ttft_p50_s", "ttft_p99_s", "ttft_max_s", "itl_p50_ms", "itl_p99_ms",
@@ -99,10 +107,7 @@ class Bench:
 def saturation_rate(bench: Bench, trace: Sequence[TraceRequest], **scheduler: Any) -> float:
     """Requests a second that the engine serves when it never has to wait for any."""
     _, result = bench.run(at_once(trace), **scheduler)
-    ends = sorted(request.finished for request in result.requests)
-    # Without the start and the tail, where slots are empty.
-    low, high = len(ends) // 10, len(ends) * 9 // 10
-    return (high - low) / (ends[high] - ends[low])
+    return load_sweep.service_rate([request.times for request in result.requests])
 
 
 def saturation(bench: Bench) -> None:
@@ -332,23 +337,52 @@ PARTS: dict[str, Callable[[Bench], None]] = {
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the parts that are named."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    args = _parser().parse_args(argv)
+    traces = find_traces(args.traces)
+    simulated = [part for part in args.parts if part != SWEEP]
+    if simulated:
+        requests = args.requests or _REQUESTS
+        bench = Bench(Results("scheduling", host_device(), args.output), traces, requests, args.bench_seed)
+        for part in simulated:
+            PARTS[part](bench)
+    if SWEEP in args.parts:
+        args.requests = args.requests or _SWEEP_REQUESTS
+        results = Results("scheduling", jax_device(), args.output)
+        load_sweep.run(args, engine_options(args, _SET_HERE), results, traces)
+    return 0
+
+
+def _parts(text: str) -> list[str]:
+    parts = text.split(",")
+    unknown = [part for part in parts if part not in (*PARTS, SWEEP)]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"no part {unknown[0]!r}; there are {', '.join((*PARTS, SWEEP))}")
+    return parts
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser(prog="scheduling", description=__doc__)
+    parser.add_argument(
+        "--parts",
+        type=_parts,
+        default=[*PARTS],
+        help=f"which, separated by commas (default: all but {SWEEP})",
     )
-    parser.add_argument("--parts", default=",".join(PARTS), help="which, separated by commas (default: all)")
-    parser.add_argument("--requests", type=int, default=4000, help="of each trace (default: %(default)s)")
+    parser.add_argument(
+        "--requests", type=int, help=f"of each trace (default: {_REQUESTS}; {SWEEP}: {_SWEEP_REQUESTS} a run)"
+    )
     parser.add_argument("--bench-seed", type=int, default=0)
     parser.add_argument("--traces", type=Path, metavar="DIR", help="folder of real data")
     add_output_flag(parser)
-    args = parser.parse_args(argv)
-    unknown = [part for part in args.parts.split(",") if part not in PARTS]
-    if unknown:
-        parser.error(f"no part {unknown[0]!r}; there are {', '.join(PARTS)}")
-    results = Results("scheduling", host_device(), args.output)
-    bench = Bench(results, find_traces(args.traces), args.requests, args.bench_seed)
-    for part in args.parts.split(","):
-        PARTS[part](bench)
-    return 0
+    parser.add_argument("--loads", type=float_list, default=(0.5, 0.8, 0.94), help="sweep: 0.5,0.8,0.94")
+    parser.add_argument(
+        "--policies", type=load_sweep.policies_of, default=[*POLICIES], help=f"sweep: {','.join(POLICIES)}"
+    )
+    parser.add_argument("--prompt-scale", type=float, default=1.0, help="sweep: divides prompt lengths")
+    parser.add_argument("--output-scale", type=float, default=1.0, help="sweep: divides output lengths")
+    add_shape_flag(parser)
+    add_engine_flags(parser, without=_SET_HERE)
+    return parser
 
 
 if __name__ == "__main__":

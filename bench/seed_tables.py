@@ -1,4 +1,7 @@
-"""The article's tables beside what was simulated, row by row: python bench/seed_tables.py --output FILE
+"""The article's tables beside what was simulated or measured, row by row.
+
+    python bench/seed_tables.py --output FILE
+    python bench/seed_tables.py --measure burst,ttft --shape llama-3.1-8b --output FILE
 
 The article gives, for Llama-3-70B on 4 x H200 and 1,000 requests of 50 to 1,000 tokens, throughput and
 latency of a static server, of continuous batching, and of "smart" scheduling. Its latencies cannot be end to
@@ -6,7 +9,8 @@ end: 525 tokens in 0.4 s are 0.76 ms a token, and reading the weights once takes
 as times to the first token, under open-loop arrivals at the rate in the row.
 
 Each record says which machine, and whether it was measured, simulated or extrapolated: ``simulated`` is the
-engine's own scheduler with a roofline of the device that is not calibrated on our own steps.
+engine's own scheduler with a roofline of the device that is not calibrated on our own steps. With
+``--measure`` the same burst runs on the device that is there (`seed_measured.py`).
 """
 
 from __future__ import annotations
@@ -20,7 +24,11 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from bench.results import Results, add_output_flag, host_device
+from bench import seed_measured
+from bench.batching_runs import offline_config
+from bench.results import Results, add_output_flag, float_list, host_device, int_list, jax_device
+from bench.shapes import add_shape_flag
+from jaxserve.cli.arguments import CommandParser, add_engine_flags, engine_options
 from jaxserve.config import SchedulerConfig
 from jaxserve.core.cost_model import CostModel
 from jaxserve.core.roofline import Roofline
@@ -31,6 +39,7 @@ from jaxserve.simulator.trace import TraceRequest, poisson, uniform
 COUNT, LENGTHS = 1000, (50, 1000)
 BUCKETS = (64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048)
 MACHINES = {"70b": ("4xH200", "llama-3-70b"), "8b": ("1xH100", "llama-3-8b")}
+_SET_HERE = frozenset({"max_num_seqs", "row_buckets", "token_buckets", "seed", "batching"})
 # A typical static server: an eager engine's share of the peaks, no overlap of host and device.
 POOR = {"memory_efficiency": 0.35, "flops_efficiency": 0.25, "step_overhead_s": 10e-3}
 
@@ -180,13 +189,12 @@ def table_8b(tables: Tables) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Simulates both tables and prints them."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--bench-seed", type=int, default=0)
-    add_output_flag(parser)
-    args = parser.parse_args(argv)
+    """Simulates both tables, or measures what the device that is there can run, and prints them."""
+    args = _parser().parse_args(argv)
+    if args.measure:
+        config = offline_config(engine_options(args), args.requests)
+        seed_measured.run(args, Results("seed_tables", jax_device(), args.output), config)
+        return 0
     tables = Tables(Results("seed_tables", host_device(), args.output, prints=False), args.bench_seed)
     table_70b(tables)
     table_8b(tables)
@@ -197,6 +205,37 @@ def main(argv: list[str] | None = None) -> int:
         table.add_row(*row)
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     return 0
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser(prog="seed_tables", description=__doc__)
+    parser.add_argument("--bench-seed", type=int, default=0)
+    add_output_flag(parser)
+    group = parser.add_argument_group("measured on this device")
+    group.add_argument(
+        "--measure",
+        type=seed_measured.parts_of,
+        default=(),
+        metavar="PART,...",
+        help=f"in place of the simulation: {', '.join(seed_measured.PARTS)}",
+    )
+    add_shape_flag(parser)
+    group.add_argument("--requests", type=int, default=COUNT, help="of the burst (default: %(default)s)")
+    group.add_argument("--lengths", type=_low_high, default=LENGTHS, metavar="LOW,HIGH")
+    group.add_argument("--batch", type=int, default=32, help="of the static server (default: %(default)s)")
+    group.add_argument("--static-batches", type=int, default=4, help="that it serves (default: %(default)s)")
+    group.add_argument("--slots", type=int_list, default=(384,), help="of the engine (default: 384)")
+    group.add_argument("--rates", type=float_list, default=(2.0,), help="requests/s for TTFT (default: 2)")
+    group.add_argument("--rate-requests", type=int, default=150, help="at each (default: %(default)s)")
+    add_engine_flags(parser, without=_SET_HERE)
+    return parser
+
+
+def _low_high(text: str) -> tuple[int, int]:
+    numbers = int_list(text)
+    if len(numbers) != 2 or numbers[0] > numbers[1]:
+        raise argparse.ArgumentTypeError(f"{text!r} is not LOW,HIGH like 50,1000")
+    return numbers[0], numbers[1]
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import functools
 from typing import Any, NamedTuple
 
 from bench.results import Results, add_output_flag, int_list
-from bench.tpu_models import MODELS
+from bench.shapes import MODELS
 from jaxserve.config import EngineConfig, compile_without_devices
 
 compile_without_devices()

@@ -59,6 +59,11 @@ class ModelShape:
     hidden_size: int
     bytes_per_value: int = 2
 
+    def is_alike(self, other: ModelShape) -> bool:
+        """Whether steps of both take the same time: all but the name and how parameters are counted."""
+        ignored = {"name": self.name, "num_params": self.num_params}
+        return dataclasses.replace(other, **ignored) == self
+
     @property
     def weight_bytes(self) -> float:
         return self.num_params * self.bytes_per_value
@@ -110,14 +115,19 @@ class Roofline:
 
     def seconds(self, bucket: Bucket, features: StepFeatures) -> float:
         device = self.device
-        memory_s, compute_s = self._least(bucket.tokens, features)
+        memory_s, compute_s = self.least_seconds(bucket.tokens, features)
         work_s = max(memory_s / device.memory_efficiency, compute_s / device.flops_efficiency)
-        return device.step_overhead_s + work_s + self._collectives(bucket.tokens)
+        return device.step_overhead_s + work_s + self.collective_seconds(bucket.tokens)
 
     def floor(self, bucket: Bucket, features: StepFeatures) -> float:
-        return max(self._least(features.tokens, features))
+        return max(self.least_seconds(features.tokens, features))
 
-    def _least(self, tokens: int, features: StepFeatures) -> tuple[float, float]:
+    def least_seconds(self, tokens: int, features: StepFeatures) -> tuple[float, float]:
+        """Seconds at the device's peaks for the bytes that are read, and for the operations.
+
+        Args:
+            tokens: computed, padding included if it is to count.
+        """
         model, device = self.model, self.device
         attended = features.decode_context + features.prefill_pairs
         num_bytes = model.weight_bytes + model.kv_bytes_per_token * features.decode_context
@@ -128,7 +138,7 @@ class Roofline:
             flops / (self.num_devices * device.peak_flops),
         )
 
-    def _collectives(self, tokens: int) -> float:
+    def collective_seconds(self, tokens: int) -> float:
         """Two all-reduces a layer, each of the tokens' activations there and back."""
         if self.num_devices == 1:
             return 0.0

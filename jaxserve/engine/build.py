@@ -31,6 +31,7 @@ from jaxserve.loading.source import open_checkpoint, resolve_model
 from jaxserve.loading.tokenizer import Tokenizer, load_tokenizer
 from jaxserve.loading.weights import load_params
 from jaxserve.models.decoder import Decoder
+from jaxserve.models.hf_config import HfConfig
 from jaxserve.models.params import Params
 from jaxserve.models.registry import find_family
 from jaxserve.models.sharding import Placement, check_divisible, make_mesh
@@ -120,7 +121,7 @@ def build_engine(config: EngineConfig, *, progress: bool = True) -> Engine:
         model = load_model(config, progress=progress)
         resolved, runner = make_runner(config, model, progress=progress)
         opened.callback(runner.close)
-        prior = _device_prior(model, resolved.dtype)
+        prior = device_prior(model, resolved.dtype)
         core = make_core(config, resolved, runner, runner.prepare, prior=prior, journals=journals)
         engine = make_engine(config, model, resolved, runner, core, on_close=opened.close)
         on_failure.pop_all()
@@ -129,27 +130,43 @@ def build_engine(config: EngineConfig, *, progress: bool = True) -> Engine:
 
 def load_model(config: EngineConfig, *, progress: bool = True) -> LoadedModel:
     """Finds a model and puts its weights on the device. Raises as `build_engine`."""
+    platform = start_platform(config)
+    source = resolve_model(config.model.model, config.cache_dir, config.model.revision)
+    checkpoint = open_checkpoint(source)
+    tokenizer = load_tokenizer(source, config.model.tokenizer)
+    module, placement = declare_model(config, platform, checkpoint.hf_config)
+    weight_map = find_family(checkpoint.hf_config).weight_map(module.config)
+    params = load_params(checkpoint, module, weight_map, placement.mesh, placement.rules, progress=progress)
+    # A path is nobody's business on the other end of a wire.
+    name = source.path.name if Path(source.name).expanduser().exists() else source.name
+    return LoadedModel(name, platform, placement, module, params, tokenizer)
+
+
+def start_platform(config: EngineConfig) -> Platform:
+    """Chooses the devices, and where compiled programs are kept. Raises ConfigError."""
     platform = select_platform(config.runner.device)
     if config.runner.bundle is not None:
         use_compile_cache(programs_folder(config.runner.bundle))
     elif config.runner.compile_cache:
         use_compile_cache(config.cache_dir / "xla")
-    source = resolve_model(config.model.model, config.cache_dir, config.model.revision)
-    checkpoint = open_checkpoint(source)
-    family = find_family(checkpoint.hf_config)
-    model_config = family.config_from_hf(checkpoint.hf_config)
-    tokenizer = load_tokenizer(source, config.model.tokenizer)
+    return platform
+
+
+def declare_model(config: EngineConfig, platform: Platform, hf_config: HfConfig) -> tuple[Decoder, Placement]:
+    """A model that has no weights yet, and the devices that they go to.
+
+    Args:
+        hf_config: its config.json.
+
+    Raises:
+        ConfigError: for an architecture that is not supported, or that these devices cannot share.
+    """
+    model_config = find_family(hf_config).config_from_hf(hf_config)
     mesh = make_mesh(config.parallel.tensor_parallel_size, jax.devices(platform.name))
     check_devices(config.runner.bundle, model_config, list(mesh.devices.flat))
     placement = Placement(mesh)
     check_divisible(model_config, mesh, placement.rules)
-    module = Decoder(model_config, resolve_dtype(config, platform))
-    params = load_params(
-        checkpoint, module, family.weight_map(model_config), mesh, placement.rules, progress=progress
-    )
-    # A path is nobody's business on the other end of a wire.
-    name = source.path.name if Path(source.name).expanduser().exists() else source.name
-    return LoadedModel(name, platform, placement, module, params, tokenizer)
+    return Decoder(model_config, resolve_dtype(config, platform)), placement
 
 
 def make_runner(
@@ -217,17 +234,21 @@ def make_core[Handle](
     )
 
 
-def _device_prior(model: LoadedModel, dtype: str) -> StepCost:
+def device_prior(model: LoadedModel, dtype: str) -> StepCost:
     """Step times from the peaks of a device that is known, and the size of the model on it."""
-    profile = known_device(model.placement.mesh.devices.flat[0].device_kind)
-    if profile is None:
-        return UnknownDevice()
+    mesh = model.placement.mesh
+    profile = known_device(mesh.devices.flat[0].device_kind)
+    return UnknownDevice() if profile is None else Roofline(profile, model_shape_of(model, dtype), mesh.size)
+
+
+def model_shape_of(model: LoadedModel, dtype: str) -> ModelShape:
+    """What the steps of a model depend on, for the cost model."""
     decoder = model.module.config
     # Embeddings are looked up; where they are the head as well, they are multiplied by.
     num_params = sum(math.prod(array.shape) for array in model.params.values())
     if not decoder.tie_embeddings:
         num_params -= decoder.vocab_size * decoder.hidden_size
-    shape = ModelShape(
+    return ModelShape(
         name=model.name,
         num_params=num_params,
         num_layers=decoder.num_layers,
@@ -237,7 +258,6 @@ def _device_prior(model: LoadedModel, dtype: str) -> StepCost:
         hidden_size=decoder.hidden_size,
         bytes_per_value=jnp.dtype(dtype).itemsize,
     )
-    return Roofline(profile, shape, model.placement.mesh.size)
 
 
 def make_engine(

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from pathlib import Path
 from typing import Any
 
 from jaxserve.config import SchedulerConfig
 from jaxserve.core.assembly import Assembly
 from jaxserve.core.buckets import BucketLadder, default_decode_rows, default_mixed_tokens
-from jaxserve.core.cost_model import CostModel, StepCost
-from jaxserve.core.roofline import DeviceProfile, ModelShape, Roofline, device_profile, model_shape
+from jaxserve.core.cost_model import StepCost
+from jaxserve.core.roofline import DeviceProfile, ModelShape, Roofline, model_shape
 from jaxserve.errors import ConfigError
 from jaxserve.simulator.executor import StepTimes
+from jaxserve.simulator.profiles import load_profile
 
 _CLUSTER = re.compile(r"(?:(\d+)x)?([\w.-]+)")
 _MEMORY_SHARE = 0.9
@@ -28,7 +30,10 @@ def _option(default: Any, description: str) -> Any:
 class ClusterConfig:
     """The machine; every field is a flag of `jaxserve simulate`."""
 
-    cluster: str = _option("1xH100", "devices, e.g. 4xH200 (H100, H200, TPU-v5e, TPU-v6e)")
+    cluster: str = _option(
+        "1xH100", "devices, e.g. 4xH200 (H100, H200, TPU-v5e, TPU-v6e, or a calibrated profile)"
+    )
+    profiles: Path | None = _option(None, "folder with calibrated profiles (bench/calibrate.py)")
     model: str = _option("llama-3-8b", "shape on them (llama-3-8b, llama-3-70b, llama-3.2-1b, smollm2-135m)")
     tensor_parallel_size: int | None = _option(
         None, "devices of one engine; default: as few as leave half of their memory to KV"
@@ -66,7 +71,8 @@ def make_cluster(config: ClusterConfig, scheduler: SchedulerConfig) -> Cluster:
     match = _CLUSTER.fullmatch(config.cluster)
     if match is None:
         raise ConfigError(f"cluster={config.cluster!r}: must look like 4xH200")
-    count, profile = int(match[1] or 1), device_profile(match[2])
+    count, known = int(match[1] or 1), load_profile(match[2], config.profiles)
+    profile = known.device
     shape = model_shape(config.model)
     each = config.tensor_parallel_size or _fewest_devices(profile, shape)
     if each < 1 or count < 1 or count % each:
@@ -94,9 +100,9 @@ def make_cluster(config: ClusterConfig, scheduler: SchedulerConfig) -> Cluster:
         prefix_caching=config.enable_prefix_caching,
     )
     roofline = Roofline(profile, shape, each)
-    kind = "calibrated" if profile.calibrated else "uncalibrated"
-    label = f"simulated ({kind}): {shape.name} on {count // each} x TP{each} {profile.name}"
-    return Cluster(count // each, assembly, roofline, CostModel(roofline), label)
+    times, evidence = known.step_times(roofline)
+    label = f"simulated ({evidence}): {shape.name} on {count // each} x TP{each} {profile.name}"
+    return Cluster(count // each, assembly, roofline, times, label)
 
 
 def _fewest_devices(profile: DeviceProfile, shape: ModelShape) -> int:

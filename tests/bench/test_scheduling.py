@@ -34,6 +34,40 @@ def test_every_part_runs_small_and_says_what_machine_it_was(tmp_path: Path, caps
     capsys.readouterr()
 
 
+def test_sweep_serves_and_simulates_the_same_requests(tmp_path: Path, capsys) -> None:
+    path = tmp_path / "out.jsonl"
+    flags = (
+        f"--parts sweep --shape tiny --dtype float32 --no-compile-cache --traces {tmp_path} --output {path} "
+        "--requests 12 --loads 0.5,0.9 --policies fcfs,latency --prompt-scale 50 --output-scale 10 "
+        "--max-num-seqs 4 --row-buckets 4 --max-num-batched-tokens 32 --max-model-len 256 --num-pages 128"
+    )
+    assert scheduling.main(flags.split()) == 0
+    records = read_results([path])
+    values = {(r["case"], r.get("load"), r["metric"]): r for r in records}
+    assert values["fcfs", None, "saturation_rate"]["value"] > 0.0
+    for load in (0.5, 0.9):
+        assert values["fcfs", load, "e2e_mean_s_real"]["over_fcfs"] == 1.0
+        for side in ("real", "sim"):
+            own, base = (values[case, load, f"e2e_mean_s_{side}"] for case in ("latency", "fcfs"))
+            assert own["over_fcfs"] == pytest.approx(own["value"] / base["value"], rel=1e-3)
+        ratio = values["latency", load, "e2e_mean_s_ratio"]["value"]
+        sim, real = (values["latency", load, f"e2e_mean_s_{side}"]["value"] for side in ("sim", "real"))
+        assert ratio == pytest.approx(sim / real, rel=1e-3)
+        assert values["latency", load, "step_mape"]["value"] > 0.0
+    assert all("calibrated on" in record["machine"] for record in records)
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--policies latency", "--policies fcfs,magic", "--loads 0", "--loads a"],
+)
+def test_bad_sweeps_are_refused(flags: str, capsys) -> None:
+    with pytest.raises(SystemExit):
+        scheduling.main(["--parts", "sweep", *flags.split()])
+    assert flags.rsplit(maxsplit=1)[-1].rsplit(",", maxsplit=1)[-1] in capsys.readouterr().err
+
+
 def test_wait_bound_by_hand() -> None:
     """Starts at 0, 10, 20, 30 s: one in ten seconds. Cap 5 s; two are promoted while others wait."""
     starts, arrivals = [0.0, 10.0, 20.0, 30.0], [0.0, 0.0, 1.0, 28.0]

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.tpu_models import MODELS
+from bench.shapes import MODELS
 from bench.tpu_roofline import Bound, Cost, attention_cost, bound, combine, link_bytes, weight_bytes
 from jaxserve.core.plan import Bucket
 from jaxserve.models.registry import find_family
