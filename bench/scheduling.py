@@ -301,7 +301,7 @@ def _decision_ms(
         predictor=make_known_length_predictor("noisy", lengths, sigma=options.sigma, seed=0),
     )  # fmt: skip
     for index, row in enumerate(rows):
-        instance.core.add(make_request(str(index), row, 8192))
+        instance.core.add(make_request(index, row, 8192))
         if index == running - 1:
             for _ in range(64):
                 instance.core.step()

@@ -21,13 +21,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.batching_runs import offline_config
 from bench.measures import RequestTimes, summary
 from bench.real_engine import Served, arrivals, noisy, real_engine
 from bench.results import Results, add_output_flag, jax_device
 from bench.shapes import add_shape_flag, model_of, prompt_source
 from bench.workloads import Workload, conversation_workload, find_traces, stretched
 from jaxserve.cli.arguments import CommandParser, add_engine_flags, engine_options
-from jaxserve.config import EngineConfig
 from jaxserve.core.cost_model import CostModel, mean_absolute_percentage_error
 from jaxserve.simulator.calibration import Sample, cluster_like, samples_of
 from jaxserve.simulator.cluster import Cluster
@@ -90,7 +90,7 @@ def simulated_like(like: Cluster, served: Served, **scheduler: Any) -> list[Requ
 def main(argv: list[str] | None = None) -> int:
     """Serves, records, calibrates, simulates, compares."""
     args = _parser().parse_args(argv)
-    config = EngineConfig.from_flat({"max_queued_requests": args.requests} | engine_options(args))
+    config = offline_config(engine_options(args), args.requests)
     model = model_of(config, args.shape)
     traces = find_traces(args.traces)
     whole = conversation_workload(

@@ -117,8 +117,8 @@ class Request:
     stop_token_ids: frozenset[int] = frozenset()  # the model's end tokens included unless ignore_eos
     priority: int = 0  # lower runs earlier
     deadline: float | None = None  # on the engine's clock
-    parent_id: str | None = None  # the sibling whose prompt pages may be shared (n > 1)
     client: str = ""  # whose it is, for fair orderings; an opaque id
+    cache_salt: str = ""  # shares cached prefixes with requests of the same salt only
 
     status: RequestStatus = RequestStatus.WAITING
     finish_reason: FinishReason | None = None
@@ -133,6 +133,7 @@ class Request:
     predicted_output_tokens: float | None = None  # the median guess
     predicted_output_upper: float = math.inf  # exceeded by one in ten
     next_limit: float = dataclasses.field(init=False)  # output tokens at which something must be looked at
+    num_cached_tokens: int = 0  # found in the prefix cache when it first ran
     num_preemptions: int = 0
     first_scheduled_time: float | None = None
     first_token_time: float | None = None

@@ -27,6 +27,15 @@ hypothesis.settings.register_profile("default", deadline=None, derandomize="CI" 
 hypothesis.settings.load_profile("default")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Compile each program once for all workers, and keep it for the next run; before the workers start."""
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ or not hasattr(config, "cache"):
+        return
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(config.cache.mkdir("xla"))
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+
 def backend() -> str:
     """The platform that JAX runs on here."""
     import jax

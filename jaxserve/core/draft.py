@@ -72,13 +72,6 @@ class Draft:
             if end % self.page_size == 0:
                 self.page_ends.append(request)
 
-    def computed_before(self, request: Request) -> int:
-        """Tokens that earlier steps have computed of a request that this draft may hold as well."""
-        for row, owner in zip(self.rows, self.owners, strict=True):
-            if owner is request:
-                return row.start
-        return request.num_computed_tokens
-
     def drop_pages(self, request: Request) -> None:
         """Forgets the entries of a request that loses its slot."""
         self.page_updates = [update for update in self.page_updates if update.slot != request.slot]

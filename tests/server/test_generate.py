@@ -140,11 +140,15 @@ async def test_every_parameter_reaches_the_engine(client: AsyncClient, engine: F
     )
     # gRPC counts deadlines on the wall clock: months, so that a machine that sets its clock fails no test.
     timeout_s = 1e7
-    stream = client.stream(PROMPT, params, priority=-7, timeout_s=timeout_s)
+    stream = client.stream(
+        PROMPT, params, priority=-7, client="team-a", cache_salt="tenant", timeout_s=timeout_s
+    )
     await anext(stream)
     await stream.aclose()
     assert engine.params == params
     assert engine.options["priority"] == -7
+    assert engine.options["client"] == "team-a"
+    assert engine.options["cache_salt"] == "tenant"
     assert engine.options["timeout_s"] == pytest.approx(timeout_s, rel=0.5)
 
 

@@ -90,6 +90,7 @@ class FakeEngine:
         validation.check_prompt_token_ids(token_ids, self.limits)
         validation.check_params_against_model(params, self.limits)
         validation.check_priority(options["priority"])
+        validation.check_client(options["client"])
         validation.check_timeout(options["timeout_s"])
         request_id = validation.check_request_id(options["request_id"] or f"fake-{next(self._ids)}")
         if request_id in self.live:

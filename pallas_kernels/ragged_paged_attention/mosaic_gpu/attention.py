@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from jaxserve.pallas_kernels.ragged_paged_attention.metadata import AttentionMetadata, token_places
 from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_gpu import decode, prefill
+from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_gpu.kernel import attend, can_mix
 from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_gpu.merge import merge
-from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_gpu.tile import QUERY_TILE, Launch
-from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_gpu.work import share_out, tile_out
+from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_gpu.tile import QUERY_TILE, Launch, heads_of
+from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_gpu.work import divide, share_out, tile_out
 from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_gpu.write import write
 from jaxserve.pallas_kernels.ragged_paged_attention.variant import AttentionVariant
 
@@ -36,27 +39,35 @@ def ragged_paged_attention(
     _check(q, kv_pages)
     num_ctas = _INTERPRETED_CTAS if interpret else _num_multiprocessors()
     launch = Launch(num_ctas, interpret)
-    tokens, _, head_dim = q.shape
-    kv_heads = kv_pages.shape[2] // 2
+    tokens = q.shape[0]
+    heads = heads_of(q, kv_pages)
     places = token_places(metadata, tokens, kv_pages.shape)
     kv_pages = write(kv_pages, k, v, places, interpret=interpret)
-    shares = share_out(
+    all_workers = decode.num_workers(heads.head_dim, launch)
+    cut = functools.partial(
+        share_out,
         metadata,
-        num_workers=decode.num_workers(head_dim, launch),
-        kv_heads=kv_heads,
+        most_workers=all_workers,
+        kv_heads=heads.kv_heads,
         tile=decode.TILE,
         sliding_window=variant.sliding_window,
     )
-    stages = decode.stages_for(head_dim)
-    decoded, parts, weights = decode.decode(
-        q, kv_pages, metadata.page_table, shares, variant, launch, stages=stages
-    )
-    base = decoded
-    if metadata.max_q_len > 1:
-        tiles = tile_out(metadata, num_tokens=tokens, queries=prefill.ITEM_QUERIES)
-        stages = prefill.stages_for(head_dim)
-        base = prefill.prefill(q, kv_pages, metadata.page_table, tiles, variant, launch, stages=stages)
-    return merge(base, decoded, parts, weights, shares, metadata.cu_q_lens[-1], interpret=interpret), kv_pages
+    tiles_of = functools.partial(tile_out, metadata, num_tokens=tokens, queries=prefill.ITEM_QUERIES)
+    run = functools.partial(attend, q, kv_pages, metadata.page_table, variant=variant, launch=launch)
+    if metadata.max_q_len == 1:
+        shares = cut(num_workers=all_workers)
+        decoded, *parts = run(shares, None)
+        base = decoded
+    elif can_mix(heads.head_dim):
+        division = divide(metadata, heads, variant, queries=prefill.ITEM_QUERIES, num_ctas=num_ctas)
+        shares = cut(num_workers=division.decode_ctas * decode.workers_per_cta(heads.head_dim))
+        decoded, *parts = run(shares, tiles_of(first_cta=division.first_prefill))
+        base = decoded
+    else:
+        shares = cut(num_workers=all_workers)
+        decoded, *parts = run(shares, None)
+        (base,) = run(None, tiles_of())
+    return merge(base, decoded, *parts, shares, metadata.cu_q_lens[-1], interpret=interpret), kv_pages
 
 
 def _check(q: jax.Array, kv_pages: jax.Array) -> None:

@@ -16,6 +16,9 @@ heads fills a few: that costs a quarter of the tensor cores' time while memory i
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -23,7 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_gpu import tile
-from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_gpu.tile import QUERY_TILE, Launch
+from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_gpu.tile import QUERY_TILE, Heads, Launch
 from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_gpu.work import DecodeWork
 from jaxserve.pallas_kernels.ragged_paged_attention.variant import AttentionVariant
 
@@ -45,220 +48,217 @@ def num_workers(head_dim: int, launch: Launch) -> int:
     return launch.num_ctas * workers_per_cta(head_dim)
 
 
-def decode(
-    q: jax.Array,
-    kv_pages: jax.Array,
-    page_table: jax.Array,
-    work: DecodeWork,
-    variant: AttentionVariant,
-    launch: Launch,
-    *,
-    stages: int,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Attends with one query a row.
+def operands(work: DecodeWork) -> tuple[jax.Array, ...]:
+    """What `roles` reads beside queries, cache and page table."""
+    return work.token, work.length, work.first_tile, work.num_tiles, work.share
 
-    Args:
-        q: ``[tokens, q_heads, head_dim]``.
-        kv_pages: ``[num_pages, page_size, 2 * kv_heads, head_dim]``, this step's keys and values included.
-        page_table: int32 ``[rows, max_pages]``.
-        work: which tiles each worker has.
-        variant, launch: see there.
-        stages: tiles in a worker's ring.
+
+def partial_results(heads: Heads, launch: Launch) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    """What rows that are cut leave for the merge.
 
     Returns:
-        ``out`` like q, written where one worker had a whole row's head; normalised partial results, float32
-        ``[workers, 2, group, head_dim]``, entry 0 of a worker for a row that began before its share; and the
-        base-2 logarithms of their weights, float32 ``[workers, 2, group, rounded up to 4]``.
+        Normalised results, float32 ``[workers, 2, group, head_dim]``, entry 0 of a worker for a row that
+        began before its share, and the base-2 logarithms of their weights, ``[workers, 2, group, rounded up
+        to 4]``.
     """
-    _, q_heads, head_dim = q.shape
-    page_size, kv_heads = kv_pages.shape[1], kv_pages.shape[2] // 2
-    group = q_heads // kv_heads
+    lead = (num_workers(heads.head_dim, launch), 2)
+    return (
+        jax.ShapeDtypeStruct((*lead, heads.group, heads.head_dim), jnp.float32),
+        jax.ShapeDtypeStruct((*lead, _weight_rows(heads)), jnp.float32),
+    )
+
+
+def shared_memory(heads: Heads) -> tuple[tuple[plgpu.GPUMemoryRef, ...], ...]:
+    """What lies in shared memory at the same time, and takes turns there: rings of keys and of values, and
+    then queries, half a partial result with its weights, or an output."""
+    workers, head_dim = workers_per_cta(heads.head_dim), heads.head_dim
+    transforms = tile.smem_transforms(head_dim, heads.dtype)
+    ring = plgpu.SMEM((workers * stages_for(head_dim), TILE, head_dim), heads.dtype, transforms=transforms)
+    return (
+        (ring, ring, plgpu.SMEM((workers, TILE, head_dim), heads.dtype, transforms=transforms)),
+        (
+            ring,
+            ring,
+            plgpu.SMEM((workers, TILE, head_dim // 2), jnp.float32),
+            plgpu.SMEM((workers, TILE), jnp.float32),
+        ),
+        (ring, ring, plgpu.SMEM((workers, TILE, head_dim), heads.dtype)),
+    )
+
+
+def barriers(heads: Heads) -> tuple[plgpu.Barrier, ...]:
+    """Full and free slots of both rings, and the arrival of queries."""
+    workers = workers_per_cta(heads.head_dim)
+    num_slots = workers * stages_for(heads.head_dim)
+    full = plgpu.Barrier(num_arrivals=_copies(heads), num_barriers=num_slots)
+    free = plgpu.Barrier(num_barriers=num_slots)
+    return full, full, free, free, plgpu.Barrier(num_barriers=workers)
+
+
+def _copies(heads: Heads) -> int:
+    """Pages that make up a tile."""
+    return max(1, TILE // heads.page_size)
+
+
+def _weight_rows(heads: Heads) -> int:
+    return -(-heads.group // 4) * 4  # copies are of whole 16 bytes
+
+
+def roles(
+    tensors: tile.Tensors, work_refs: Sequence[Any], parts: Sequence[Any], memory: Sequence[Any],
+    barrier_refs: Sequence[Any], heads: Heads, variant: AttentionVariant, launch: Launch,
+) -> tuple[Callable[[], None], Callable[[], None]]:  # fmt: skip
+    """What a CTA's consumers and producers do to attend with one query a row.
+
+    Rows' heads that one worker has whole are written to ``tensors.out``, others to ``parts``.
+
+    Args:
+        tensors: in device memory.
+        work_refs, parts, memory, barrier_refs: as of `operands`, `partial_results`, `shared_memory`,
+            `barriers`.
+    """
+    token_ref, length_ref, first_ref, count_ref, share_ref = work_refs
+    part_ref, weight_ref = parts
+    (k_smem, v_smem, q_smem), (_, _, half_smem, weight_smem), (_, _, out_smem) = memory
+    k_full, v_full, k_free, v_free, q_full = barrier_refs
+    q_ref, kv_ref, table_ref, out_ref = tensors
+    page_size, kv_heads, group, head_dim = heads.page_size, heads.kv_heads, heads.group, heads.head_dim
     query_rows = -(-group // 8) * 8  # whole tiles of shared memory; those too many are another group's
-    weight_rows = -(-group // 4) * 4  # copies are of whole 16 bytes
-    copies = max(1, TILE // page_size)
+    copies, stages = _copies(heads), stages_for(head_dim)
     workers = workers_per_cta(head_dim)
-    tiled = tile.smem_transforms(head_dim, q.dtype)
+    pair = lax.rem(lax.axis_index("warpgroup"), workers)
+    worker = lax.axis_index("cta") * workers + pair
 
-    def body(
-        q_ref, kv_ref, table_ref, token_ref, length_ref, first_ref, count_ref, share_ref,
-        out_ref, part_ref, weight_ref,
-        k_smem, v_smem, unions, weight_smem, k_full, v_full, k_free, v_free, q_full,
-    ):  # fmt: skip
-        q_smem, half_smem, out_smem = unions
-        thread = lax.axis_index("warpgroup")
-        pair = lax.rem(thread, workers)
-        worker = lax.axis_index("cta") * workers + pair
+    def for_each_segment(run) -> None:
+        """Calls ``run(row, head, block, num, blocks, done)`` for each row's head in this worker's share:
+        tiles ``block : block + num`` of the row's ``blocks``, after ``done`` tiles of the share."""
+        share = share_ref[3, worker]
 
-        def for_each_segment(run) -> None:
-            """Calls ``run(row, head, block, num, blocks, done)`` for each row's head in this worker's share:
-            tiles ``block : block + num`` of the row's ``blocks``, after ``done`` tiles of the share."""
-            share = share_ref[3, worker]
+        def step(carry):
+            done, row, head, block = carry
+            blocks = count_ref[row]
+            num = jnp.minimum(blocks - block, share - done)
+            pl.when(num > 0)(lambda: run(row, head, block, num, blocks, done))
+            row_is_done = (head == kv_heads - 1) | (blocks == 0)
+            return (
+                done + num,
+                jnp.where(row_is_done, row + 1, row),
+                jnp.where(row_is_done, 0, head + 1),
+                jnp.int32(0),
+            )
 
-            def step(carry):
-                done, row, head, block = carry
-                blocks = count_ref[row]
-                num = jnp.minimum(blocks - block, share - done)
-                pl.when(num > 0)(lambda: run(row, head, block, num, blocks, done))
-                row_is_done = (head == kv_heads - 1) | (blocks == 0)
-                return (
-                    done + num,
-                    jnp.where(row_is_done, row + 1, row),
-                    jnp.where(row_is_done, 0, head + 1),
-                    jnp.int32(0),
+        start = (jnp.int32(0), share_ref[0, worker], share_ref[1, worker], share_ref[2, worker])
+        lax.while_loop(lambda carry: carry[0] < share, step, start)
+
+    def place(slot):
+        return pair * stages + slot
+
+    def consume() -> None:
+
+        def run(row, head, block, num, blocks, done):
+            token, length, first = token_ref[row], length_ref[row], first_ref[row]
+            plgpu.copy_gmem_to_smem(
+                q_ref.at[token, pl.ds(head * group, query_rows)],
+                out_smem.at[pair, pl.ds(0, query_rows)],
+                q_full.at[pair],
+                oob_mode=plgpu.OOBFillMode.ZEROS,  # the last group's rows too many
+            )
+            plgpu.barrier_wait(q_full.at[pair])
+            tile.swizzle_in_place(out_smem.at[pair], q_smem.at[pair])
+
+            def attend(index, carry):
+                acc, best, total = carry
+                slot = place(lax.rem(done + index, stages))
+                start = (first + block + index) * TILE
+
+                def scores_of(acc_ref):
+                    plgpu.barrier_wait(k_full.at[slot])
+                    plgpu.wgmma(acc_ref, q_smem.at[pair], k_smem.at[slot].transpose((1, 0)))
+                    return acc_ref[...]
+
+                scores = pl.run_scoped(scores_of, plgpu.ACC((QUERY_TILE, TILE), jnp.float32))
+                plgpu.barrier_arrive(k_free.at[slot])
+                scores, unit = tile.capped(scores, variant)
+                position = start + tile.index_along(scores.shape, 1)
+                seen = position < length
+                if variant.sliding_window is not None:
+                    seen &= position >= length - variant.sliding_window
+                scores = jnp.where(seen, scores, tile.MASKED)
+                weights, decay, best, total = tile.online_softmax(scores, unit, best, total)
+                plgpu.barrier_wait(v_full.at[slot])
+                window_begin = 0 if variant.sliding_window is None else length - variant.sliding_window
+                tile.clear_outside(v_smem.at[slot], window_begin - start, length - start)
+                added = tile.multiply_registers(weights.astype(heads.dtype), v_smem.at[slot], launch)
+                plgpu.barrier_arrive(v_free.at[slot])
+                return acc * tile.spread(decay, acc) + added, best, total
+
+            acc, best, total = lax.fori_loop(0, num, attend, tile.empty_rows(head_dim))
+            acc = acc / tile.spread(total, acc)
+            whole = num == blocks
+
+            @pl.when(whole)
+            def _finish():
+                out_smem.at[pair][...] = acc.astype(heads.dtype)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(
+                    out_smem.at[pair, pl.ds(0, group)],
+                    out_ref.at[token, pl.ds(head * group, group)],
                 )
+                plgpu.wait_smem_to_gmem(0)
 
-            start = (jnp.int32(0), share_ref[0, worker], share_ref[1, worker], share_ref[2, worker])
-            lax.while_loop(lambda carry: carry[0] < share, step, start)
-
-        def place(slot):
-            return pair * stages + slot
-
-        @pl.when(thread < workers)
-        def _consume():
-            plgpu.set_max_registers(208 if workers == 2 else 240, action="increase")
-
-            def run(row, head, block, num, blocks, done):
-                token, length, first = token_ref[row], length_ref[row], first_ref[row]
-                plgpu.copy_gmem_to_smem(
-                    q_ref.at[token, pl.ds(head * group, query_rows)],
-                    out_smem.at[pair, pl.ds(0, query_rows)],
-                    q_full.at[pair],
-                    oob_mode=plgpu.OOBFillMode.ZEROS,  # the last group's rows too many
-                )
-                plgpu.barrier_wait(q_full.at[pair])
-                tile.swizzle_in_place(out_smem.at[pair], q_smem.at[pair])
-
-                def attend(index, carry):
-                    acc, best, total = carry
-                    slot = place(lax.rem(done + index, stages))
-                    start = (first + block + index) * TILE
-
-                    def scores_of(acc_ref):
-                        plgpu.barrier_wait(k_full.at[slot])
-                        plgpu.wgmma(acc_ref, q_smem.at[pair], k_smem.at[slot].transpose((1, 0)))
-                        return acc_ref[...]
-
-                    scores = pl.run_scoped(scores_of, plgpu.ACC((QUERY_TILE, TILE), jnp.float32))
-                    plgpu.barrier_arrive(k_free.at[slot])
-                    scores, unit = tile.capped(scores, variant)
-                    position = start + tile.index_along(scores.shape, 1)
-                    seen = position < length
-                    if variant.sliding_window is not None:
-                        seen &= position >= length - variant.sliding_window
-                    scores = jnp.where(seen, scores, tile.MASKED)
-                    weights, decay, best, total = tile.online_softmax(scores, unit, best, total)
-                    plgpu.barrier_wait(v_full.at[slot])
-                    window_begin = 0 if variant.sliding_window is None else length - variant.sliding_window
-                    tile.clear_outside(v_smem.at[slot], window_begin - start, length - start)
-                    added = tile.multiply_registers(weights.astype(q.dtype), v_smem.at[slot], launch)
-                    plgpu.barrier_arrive(v_free.at[slot])
-                    return acc * tile.spread(decay, acc) + added, best, total
-
-                acc, best, total = lax.fori_loop(0, num, attend, tile.empty_rows(head_dim))
-                acc = acc / tile.spread(total, acc)
-                whole = num == blocks
-
-                @pl.when(whole)
-                def _finish():
-                    out_smem.at[pair][...] = acc.astype(q.dtype)
+            @pl.when(jnp.logical_not(whole))
+            def _leave_partial():
+                entry = jnp.where(block == 0, 1, 0)
+                weight_smem.at[pair][...] = best + jnp.log2(total)
+                for half in range(2):
+                    columns = slice(half * head_dim // 2, (half + 1) * head_dim // 2)
+                    half_smem.at[pair][...] = acc[:, columns]
                     plgpu.commit_smem()
                     plgpu.copy_smem_to_gmem(
-                        out_smem.at[pair, pl.ds(0, group)],
-                        out_ref.at[token, pl.ds(head * group, group)],
+                        half_smem.at[pair, pl.ds(0, group)],
+                        part_ref.at[worker, entry, :, pl.ds(columns.start, head_dim // 2)],
                     )
+                    if half == 0:
+                        plgpu.copy_smem_to_gmem(
+                            weight_smem.at[pair, pl.ds(0, _weight_rows(heads))],
+                            weight_ref.at[worker, entry],
+                        )
                     plgpu.wait_smem_to_gmem(0)
 
-                @pl.when(jnp.logical_not(whole))
-                def _leave_partial():
-                    entry = jnp.where(block == 0, 1, 0)
-                    weight_smem.at[pair][...] = best + jnp.log2(total)
-                    for half in range(2):
-                        columns = slice(half * head_dim // 2, (half + 1) * head_dim // 2)
-                        half_smem.at[pair][...] = acc[:, columns]
-                        plgpu.commit_smem()
-                        plgpu.copy_smem_to_gmem(
-                            half_smem.at[pair, pl.ds(0, group)],
-                            part_ref.at[worker, entry, :, pl.ds(columns.start, head_dim // 2)],
+        for_each_segment(run)
+
+    def produce() -> None:
+
+        def run(row, head, block, num, blocks, done):
+            length, first = length_ref[row], first_ref[row]
+            last_page = lax.div(length - 1, page_size)
+
+            def fetch(index, _):
+                slot = place(lax.rem(done + index, stages))
+                start = (first + block + index) * TILE
+                columns = [jnp.minimum(lax.div(start, page_size) + i, last_page) for i in range(copies)]
+                pages = [table_ref[row, column] for column in columns]
+                rows_per_copy = min(TILE, page_size)
+                within = pl.ds(lax.rem(start, page_size) if page_size > TILE else 0, rows_per_copy)
+                for smem, full, free, which in ((k_smem, k_full, k_free, 0), (v_smem, v_full, v_free, 1)):
+                    pl.when(done + index >= stages)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
+                    for i, page in enumerate(pages):
+                        plgpu.copy_gmem_to_smem(
+                            kv_ref.at[page, within, 2 * head + which],
+                            smem.at[slot, pl.ds(i * rows_per_copy, rows_per_copy)],
+                            full.at[slot],
                         )
-                        if half == 0:
-                            plgpu.copy_smem_to_gmem(
-                                weight_smem.at[pair, pl.ds(0, weight_rows)],
-                                weight_ref.at[worker, entry],
-                            )
-                        plgpu.wait_smem_to_gmem(0)
+                return _
 
-            for_each_segment(run)
+            lax.fori_loop(0, num, fetch, None)
 
-        @pl.when(thread >= workers)
-        def _produce():
-            plgpu.set_max_registers(40 if workers == 2 else 24, action="decrease")
+        for_each_segment(run)
+        share = share_ref[3, worker]
 
-            def run(row, head, block, num, blocks, done):
-                length, first = length_ref[row], first_ref[row]
-                last_page = lax.div(length - 1, page_size)
+        @pl.loop(jnp.maximum(share - stages, 0), share)
+        def _drain(done):
+            slot = place(lax.rem(done, stages))
+            plgpu.barrier_wait(k_free.at[slot])
+            plgpu.barrier_wait(v_free.at[slot])
 
-                def fetch(index, _):
-                    slot = place(lax.rem(done + index, stages))
-                    start = (first + block + index) * TILE
-                    columns = [jnp.minimum(lax.div(start, page_size) + i, last_page) for i in range(copies)]
-                    pages = [table_ref[row, column] for column in columns]
-                    rows_per_copy = min(TILE, page_size)
-                    within = pl.ds(lax.rem(start, page_size) if page_size > TILE else 0, rows_per_copy)
-                    for smem, full, free, which in ((k_smem, k_full, k_free, 0), (v_smem, v_full, v_free, 1)):
-                        pl.when(done + index >= stages)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
-                        for i, page in enumerate(pages):
-                            plgpu.copy_gmem_to_smem(
-                                kv_ref.at[page, within, 2 * head + which],
-                                smem.at[slot, pl.ds(i * rows_per_copy, rows_per_copy)],
-                                full.at[slot],
-                            )
-                    return _
-
-                lax.fori_loop(0, num, fetch, None)
-
-            for_each_segment(run)
-            share = share_ref[3, worker]
-
-            @pl.loop(jnp.maximum(share - stages, 0), share)
-            def _drain(done):
-                slot = place(lax.rem(done, stages))
-                plgpu.barrier_wait(k_free.at[slot])
-                plgpu.barrier_wait(v_free.at[slot])
-
-    ring = (workers * stages, TILE, head_dim)
-    num_slots = workers * stages
-    kernel = plgpu.kernel(
-        body,
-        out_type=(
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((num_workers(head_dim, launch), 2, group, head_dim), jnp.float32),
-            jax.ShapeDtypeStruct((num_workers(head_dim, launch), 2, weight_rows), jnp.float32),
-        ),
-        scratch_types=(
-            plgpu.SMEM(ring, q.dtype, transforms=tiled),
-            plgpu.SMEM(ring, q.dtype, transforms=tiled),
-            plgpu.RefUnion(
-                plgpu.SMEM((workers, TILE, head_dim), q.dtype, transforms=tiled),
-                plgpu.SMEM((workers, TILE, head_dim // 2), jnp.float32),
-                plgpu.SMEM((workers, TILE, head_dim), q.dtype),
-            ),
-            plgpu.SMEM((workers, TILE), jnp.float32),
-            plgpu.Barrier(num_arrivals=copies, num_barriers=num_slots),
-            plgpu.Barrier(num_arrivals=copies, num_barriers=num_slots),
-            plgpu.Barrier(num_barriers=num_slots),
-            plgpu.Barrier(num_barriers=num_slots),
-            plgpu.Barrier(num_barriers=workers),
-        ),
-        grid=(launch.num_ctas,),
-        grid_names=("cta",),
-        num_threads=2 * workers,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane, reduction_scratch_bytes=0
-        ),
-        interpret=plgpu.InterpretGPUParams() if launch.interpret else None,
-        kernel_name="ragged_paged_decode",
-    )
-    return kernel(
-        q, kv_pages, page_table, work.token, work.length, work.first_tile, work.num_tiles, work.share
-    )
+    return consume, produce

@@ -8,6 +8,9 @@ softmax while the other has the tensor cores (Shah et al. 2024, section 3.1).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -15,12 +18,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_gpu import tile
-from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_gpu.tile import QUERY_TILE, Launch
+from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_gpu.tile import QUERY_TILE, Heads, Launch
 from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_gpu.work import PrefillWork
 from jaxserve.pallas_kernels.ragged_paged_attention.variant import AttentionVariant
 
 NUM_CONSUMERS = 2
 ITEM_QUERIES = NUM_CONSUMERS * QUERY_TILE
+_BUNCH = 8  # tiles
 
 
 def kv_tile(head_dim: int) -> int:
@@ -33,234 +37,234 @@ def stages_for(head_dim: int) -> int:
     return 3 if head_dim <= 64 else 2
 
 
-def prefill(
-    q: jax.Array,
-    kv_pages: jax.Array,
-    page_table: jax.Array,
-    work: PrefillWork,
-    variant: AttentionVariant,
-    launch: Launch,
-    *,
-    stages: int,
-) -> jax.Array:
-    """Attends with the tokens of rows that have several.
+def operands(work: PrefillWork) -> tuple[jax.Array, ...]:
+    """What `roles` reads beside queries, cache and page table."""
+    return (
+        work.tile_row,
+        work.tile_first,
+        work.start,
+        work.count,
+        work.length,
+        work.num_tiles[None],
+        work.first_cta[None],
+    )
+
+
+def shared_memory(heads: Heads) -> tuple[tuple[plgpu.GPUMemoryRef, ...], ...]:
+    """What lies in shared memory at the same time, and takes turns there: rings of keys and of values, and
+    then queries or outputs, in the order of tensor cores or of rows."""
+    transforms = tile.smem_transforms(heads.head_dim, heads.dtype)
+    ring = plgpu.SMEM(
+        (stages_for(heads.head_dim), kv_tile(heads.head_dim), heads.head_dim),
+        heads.dtype,
+        transforms=transforms,
+    )
+    queries = (NUM_CONSUMERS, QUERY_TILE, heads.head_dim)
+    return (
+        (ring, ring, plgpu.SMEM(queries, heads.dtype, transforms=transforms)),
+        (ring, ring, plgpu.SMEM(queries, heads.dtype)),
+    )
+
+
+def barriers(heads: Heads) -> tuple[plgpu.Barrier, ...]:
+    """Full and free slots of both rings, the arrival of queries, and whose turn it is."""
+    stages = stages_for(heads.head_dim)
+    full = plgpu.Barrier(num_arrivals=_copies(heads), num_barriers=stages)
+    free = plgpu.Barrier(num_arrivals=NUM_CONSUMERS, num_barriers=stages)
+    arrival, turn = plgpu.Barrier(num_barriers=NUM_CONSUMERS), plgpu.Barrier(num_arrivals=NUM_CONSUMERS)
+    return full, full, free, free, arrival, turn
+
+
+def _copies(heads: Heads) -> int:
+    """Pages that make up a tile."""
+    return max(1, kv_tile(heads.head_dim) // heads.page_size)
+
+
+def roles(
+    tensors: tile.Tensors, work_refs: Sequence[Any], memory: Sequence[Any], barrier_refs: Sequence[Any],
+    heads: Heads, variant: AttentionVariant, launch: Launch,
+) -> tuple[Callable[[], None], Callable[[], None]]:  # fmt: skip
+    """What a CTA's consumers and producers do to attend with the tokens of rows that have several.
 
     Args:
-        q: ``[tokens, q_heads, head_dim]``.
-        kv_pages: ``[num_pages, page_size, 2 * kv_heads, head_dim]``, this step's keys and values included.
-        page_table: int32 ``[rows, max_pages]``.
-        work: the items.
-        variant, launch: see there.
-        stages: tiles of keys and values in flight.
-
-    Returns:
-        Like q; only tokens of the work's items are written.
+        tensors: in device memory; whole tiles of queries.
+        work_refs, memory, barrier_refs: as of `operands`, `shared_memory`, `barriers`.
     """
-    num_tokens, q_heads, head_dim = q.shape
-    page_size, kv_heads = kv_pages.shape[1], kv_pages.shape[2] // 2
-    group = q_heads // kv_heads
-    block = kv_tile(head_dim)
-    copies, rows_per_copy = max(1, block // page_size), min(block, page_size)
-    padded = jnp.pad(q, ((0, -num_tokens % 8), (0, 0), (0, 0)))  # whole tiles
-    tiled = tile.smem_transforms(head_dim, q.dtype)
+    tile_row_ref, tile_first_ref, start_ref, count_ref, length_ref, tiles_ref, first_cta_ref = work_refs
+    (k_smem, v_smem, q_smem), (_, _, plain_smem) = memory
+    k_full, v_full, k_free, v_free, q_full, turn = barrier_refs
+    q_ref, kv_ref, table_ref, out_ref = tensors
+    page_size, group, head_dim = heads.page_size, heads.group, heads.head_dim
+    q_heads = heads.kv_heads * group
+    block, stages = kv_tile(head_dim), stages_for(head_dim)
+    copies, rows_per_copy = _copies(heads), min(block, page_size)
+    thread = lax.axis_index("warpgroup")
+    cta, num_ctas = lax.axis_index("cta") - first_cta_ref[0], launch.num_ctas - first_cta_ref[0]
+    num_items = tiles_ref[0] * q_heads
+    rounds = lax.div(num_items + num_ctas - 1, num_ctas)
 
-    def body(
-        q_ref, kv_ref, table_ref, tile_row_ref, tile_first_ref, start_ref, count_ref, length_ref, tiles_ref,
-        out_ref,
-        k_smem, v_smem, unions, k_full, v_full, k_free, v_free, q_full, turn,
-    ):  # fmt: skip
-        q_smem, plain_smem = unions
-        thread = lax.axis_index("warpgroup")
-        cta = lax.axis_index("cta")
-        num_items = tiles_ref[0] * q_heads
-        rounds = lax.div(num_items + launch.num_ctas - 1, launch.num_ctas)
+    def place_of(item):
+        """An item's tile and head. CTAs that run at the same time read the same keys, while the second-level
+        cache has them: of some tiles in a row, all that need one kv head, then the next head."""
+        bunch = lax.div(item, _BUNCH * q_heads)
+        within = lax.rem(item, _BUNCH * q_heads)
+        per_head = jnp.minimum(_BUNCH, tiles_ref[0] - bunch * _BUNCH) * group
+        kv_head, within = lax.div(within, per_head), lax.rem(within, per_head)
+        return bunch * _BUNCH + lax.div(within, group), kv_head * group + lax.rem(within, group)
 
-        def for_each_item(run) -> None:
-            """Calls ``run(row, first, head, begin, end, done)``: queries from the row's ``first`` on see
-            blocks ``begin : end``; ``done`` blocks went before in this CTA. Returns the number of all."""
+    def for_each_item(run) -> None:
+        """Calls ``run(row, first, head, begin, end, done)``: queries from the row's ``first`` on see
+        blocks ``begin : end``; ``done`` blocks went before in this CTA. Returns the number of all."""
 
-            def step(index, done):
-                forth = index * launch.num_ctas + cta
-                back = (index + 1) * launch.num_ctas - 1 - cta
-                item = jnp.where(lax.rem(index, 2) == 0, forth, back)
-                return lax.cond(item < num_items, lambda: take(item, done), lambda: done)
+        def step(index, done):
+            forth = index * num_ctas + cta
+            back = (index + 1) * num_ctas - 1 - cta
+            item = jnp.where(lax.rem(index, 2) == 0, forth, back)
+            return lax.cond((cta >= 0) & (item < num_items), lambda: take(item, done), lambda: done)
 
-            def take(item, done):
-                which = lax.div(item, q_heads)
-                row, first = tile_row_ref[which], tile_first_ref[which]
-                before = length_ref[row] - count_ref[row]  # tokens of context before the chunk
-                last = jnp.minimum(first + ITEM_QUERIES, count_ref[row])
-                end = lax.div(before + last + block - 1, block)
-                begin = jnp.int32(0)
-                if variant.sliding_window is not None:
-                    begin = lax.div(jnp.maximum(before + first - variant.sliding_window + 1, 0), block)
-                run(row, first, lax.rem(item, q_heads), begin, end, done)
-                return done + end - begin
+        def take(item, done):
+            which, head = place_of(item)
+            row, first = tile_row_ref[which], tile_first_ref[which]
+            before = length_ref[row] - count_ref[row]  # tokens of context before the chunk
+            last = jnp.minimum(first + ITEM_QUERIES, count_ref[row])
+            end = lax.div(before + last + block - 1, block)
+            begin = jnp.int32(0)
+            if variant.sliding_window is not None:
+                begin = lax.div(jnp.maximum(before + first - variant.sliding_window + 1, 0), block)
+            run(row, first, head, begin, end, done)
+            return done + end - begin
 
-            return lax.fori_loop(0, rounds, step, jnp.int32(0))
+        return lax.fori_loop(0, rounds, step, jnp.int32(0))
 
-        @pl.when(thread < NUM_CONSUMERS)
-        def _consume():
-            plgpu.set_max_registers(232 if head_dim <= 128 else 240, action="increase")
+    def consume() -> None:
 
-            def change_turns() -> None:
+        def change_turns() -> None:
+            plgpu.barrier_arrive(turn)
+            plgpu.barrier_wait(turn)
+
+        def run(row, first, head, begin, end, done):
+            length, count = length_ref[row], count_ref[row]
+            window_begin = jnp.int32(0)
+            if variant.sliding_window is not None:
+                window_begin = length - count + first - variant.sliding_window + 1
+            first = first + thread * QUERY_TILE
+            token = start_ref[row] + first
+            position = length - count + first  # of this warpgroup's first query
+            plgpu.copy_gmem_to_smem(
+                q_ref.at[pl.ds(token, QUERY_TILE), head],
+                plain_smem.at[thread],
+                q_full.at[thread],
+                oob_mode=plgpu.OOBFillMode.ZEROS,
+            )
+            plgpu.barrier_wait(q_full.at[thread])
+            tile.swizzle_in_place(plain_smem.at[thread], q_smem.at[thread])
+            pl.when(thread == 1)(change_turns)
+
+            def attend(index, carry, *, masked):
+                acc, best, total = carry
+                slot = lax.rem(done + index - begin, stages)
+                start = index * block
+
+                def scores_of(acc_ref):
+                    plgpu.barrier_wait(k_full.at[slot])
+                    plgpu.wgmma(acc_ref, q_smem.at[thread], k_smem.at[slot].transpose((1, 0)))
+                    change_turns()
+                    return acc_ref[...]
+
+                scores = pl.run_scoped(scores_of, plgpu.ACC((QUERY_TILE, block), jnp.float32))
+                plgpu.barrier_arrive(k_free.at[slot])
+                scores, unit = tile.capped(scores, variant)
+                if masked:
+                    ahead = start - position  # of the block's first key to the first query
+                    distance = tile.index_along(scores.shape, 0) - tile.index_along(scores.shape, 1)
+                    seen = distance >= ahead
+                    if variant.sliding_window is not None:
+                        seen &= distance < ahead + variant.sliding_window
+                    scores = jnp.where(seen, scores, tile.MASKED)
+                weights, decay, best, total = tile.online_softmax(scores, unit, best, total)
+                acc = acc * tile.spread(decay, acc)
+                weights = weights.astype(heads.dtype)
+                acc, best, total, weights = lax.optimization_barrier((acc, best, total, weights))
                 plgpu.barrier_arrive(turn)
+                plgpu.barrier_wait(v_full.at[slot])
                 plgpu.barrier_wait(turn)
+                if masked:
+                    # Of all the CTA's queries, since its warpgroups share the tile.
+                    tile.clear_outside(v_smem.at[slot], window_begin - start, length - start)
+                acc = tile.add_product(acc, weights, v_smem.at[slot], launch)
+                plgpu.barrier_arrive(v_free.at[slot])
+                return acc, best, total
 
-            def run(row, first, head, begin, end, done):
-                length, count = length_ref[row], count_ref[row]
-                window_begin = jnp.int32(0)
-                if variant.sliding_window is not None:
-                    window_begin = length - count + first - variant.sliding_window + 1
-                first = first + thread * QUERY_TILE
-                token = start_ref[row] + first
-                position = length - count + first  # of this warpgroup's first query
-                plgpu.copy_gmem_to_smem(
-                    q_ref.at[pl.ds(token, QUERY_TILE), head],
-                    plain_smem.at[thread],
-                    q_full.at[thread],
-                    oob_mode=plgpu.OOBFillMode.ZEROS,
-                )
-                plgpu.barrier_wait(q_full.at[thread])
-                tile.swizzle_in_place(plain_smem.at[thread], q_smem.at[thread])
-                pl.when(thread == 1)(change_turns)
+            # A block that lies wholly before the first query needs no mask.
+            clear = begin if variant.sliding_window is not None else lax.div(position + 1, block)
+            clear = jnp.clip(clear, begin, end)
+            carry = tile.empty_rows(head_dim)
+            carry = lax.fori_loop(begin, clear, lambda i, c: attend(i, c, masked=False), carry)
+            acc, _, total = lax.fori_loop(clear, end, lambda i, c: attend(i, c, masked=True), carry)
+            pl.when(thread == 0)(change_turns)
+            result = (acc / tile.spread(total, acc)).astype(heads.dtype)
+            left = count - first
 
-                def attend(index, carry, *, masked):
-                    acc, best, total = carry
-                    slot = lax.rem(done + index - begin, stages)
-                    start = index * block
+            is_tiled = (left >= QUERY_TILE) & (lax.rem(token, 8) == 0)
 
-                    def scores_of(acc_ref):
-                        plgpu.barrier_wait(k_full.at[slot])
-                        plgpu.wgmma(acc_ref, q_smem.at[thread], k_smem.at[slot].transpose((1, 0)))
-                        change_turns()
-                        return acc_ref[...]
+            @pl.when(is_tiled)
+            def _store_tiled():
+                q_smem.at[thread][...] = result
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(q_smem.at[thread], out_ref.at[pl.ds(token, QUERY_TILE), head])
+                plgpu.wait_smem_to_gmem(0)
 
-                    scores = pl.run_scoped(scores_of, plgpu.ACC((QUERY_TILE, block), jnp.float32))
-                    plgpu.barrier_arrive(k_free.at[slot])
-                    scores, unit = tile.capped(scores, variant)
-                    if masked:
-                        ahead = start - position  # of the block's first key to the first query
-                        distance = tile.index_along(scores.shape, 0) - tile.index_along(scores.shape, 1)
-                        seen = distance >= ahead
-                        if variant.sliding_window is not None:
-                            seen &= distance < ahead + variant.sliding_window
-                        scores = jnp.where(seen, scores, tile.MASKED)
-                    weights, decay, best, total = tile.online_softmax(scores, unit, best, total)
-                    acc = acc * tile.spread(decay, acc)
-                    weights = weights.astype(q.dtype)
-                    acc, best, total, weights = lax.optimization_barrier((acc, best, total, weights))
-                    plgpu.barrier_arrive(turn)
-                    plgpu.barrier_wait(v_full.at[slot])
-                    plgpu.barrier_wait(turn)
-                    if masked:
-                        # Of all the CTA's queries, since its warpgroups share the tile.
-                        tile.clear_outside(v_smem.at[slot], window_begin - start, length - start)
-                    acc = tile.add_product(acc, weights, v_smem.at[slot], launch)
-                    plgpu.barrier_arrive(v_free.at[slot])
-                    return acc, best, total
+            @pl.when((left > 0) & jnp.logical_not(is_tiled))
+            def _store_plain():  # copies have static sizes: one for each bit of the number of rows
+                plain_smem.at[thread][...] = result
+                plgpu.commit_smem()
+                rows = jnp.minimum(left, QUERY_TILE)
+                for size in (64, 32, 16, 8, 4, 2, 1):
 
-                # A block that lies wholly before the first query needs no mask.
-                clear = begin if variant.sliding_window is not None else lax.div(position + 1, block)
-                clear = jnp.clip(clear, begin, end)
-                carry = tile.empty_rows(head_dim)
-                carry = lax.fori_loop(begin, clear, lambda i, c: attend(i, c, masked=False), carry)
-                acc, _, total = lax.fori_loop(clear, end, lambda i, c: attend(i, c, masked=True), carry)
-                pl.when(thread == 0)(change_turns)
-                result = (acc / tile.spread(total, acc)).astype(q.dtype)
-                left = count - first
+                    @pl.when(rows & size != 0)
+                    def _copy(size=size):
+                        at = rows & ~(2 * size - 1)
+                        plgpu.copy_smem_to_gmem(
+                            plain_smem.at[thread, pl.ds(at, size)],
+                            out_ref.at[pl.ds(token + at, size), head],
+                        )
 
-                is_tiled = (left >= QUERY_TILE) & (lax.rem(token, 8) == 0)
+                plgpu.wait_smem_to_gmem(0)
 
-                @pl.when(is_tiled)
-                def _store_tiled():
-                    q_smem.at[thread][...] = result
-                    plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(q_smem.at[thread], out_ref.at[pl.ds(token, QUERY_TILE), head])
-                    plgpu.wait_smem_to_gmem(0)
+        for_each_item(run)
 
-                @pl.when((left > 0) & jnp.logical_not(is_tiled))
-                def _store_plain():  # copies have static sizes: one for each bit of the number of rows
-                    plain_smem.at[thread][...] = result
-                    plgpu.commit_smem()
-                    rows = jnp.minimum(left, QUERY_TILE)
-                    for size in (64, 32, 16, 8, 4, 2, 1):
+    def produce() -> None:
+        pl.when(thread == NUM_CONSUMERS)(fetch_items)
 
-                        @pl.when(rows & size != 0)
-                        def _copy(size=size):
-                            at = rows & ~(2 * size - 1)
-                            plgpu.copy_smem_to_gmem(
-                                plain_smem.at[thread, pl.ds(at, size)],
-                                out_ref.at[pl.ds(token + at, size), head],
-                            )
+    def fetch_items() -> None:
 
-                    plgpu.wait_smem_to_gmem(0)
+        def run(row, first, head, begin, end, done):
+            last_page = lax.div(length_ref[row] - 1, page_size)
+            kv_head = lax.div(head, group)
 
-            for_each_item(run)
+            def fetch(index, carry):
+                at = done + index - begin
+                slot = lax.rem(at, stages)
+                first_page = lax.div(index * block, page_size)
+                pages = [table_ref[row, jnp.minimum(first_page + i, last_page)] for i in range(copies)]
+                offset = lax.rem(index * block, page_size) if page_size > block else 0
+                for smem, full, free, which in ((k_smem, k_full, k_free, 0), (v_smem, v_full, v_free, 1)):
+                    pl.when(at >= stages)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
+                    for i, page in enumerate(pages):
+                        plgpu.copy_gmem_to_smem(
+                            kv_ref.at[page, pl.ds(offset, rows_per_copy), 2 * kv_head + which],
+                            smem.at[slot, pl.ds(i * rows_per_copy, rows_per_copy)],
+                            full.at[slot],
+                        )
+                return carry
 
-        @pl.when(thread == NUM_CONSUMERS)
-        def _produce():
-            plgpu.set_max_registers(40 if head_dim <= 128 else 24, action="decrease")
+            lax.fori_loop(begin, end, fetch, None)
 
-            def run(row, first, head, begin, end, done):
-                last_page = lax.div(length_ref[row] - 1, page_size)
-                kv_head = lax.div(head, group)
+        total = for_each_item(run)
 
-                def fetch(index, carry):
-                    at = done + index - begin
-                    slot = lax.rem(at, stages)
-                    first_page = lax.div(index * block, page_size)
-                    pages = [table_ref[row, jnp.minimum(first_page + i, last_page)] for i in range(copies)]
-                    offset = lax.rem(index * block, page_size) if page_size > block else 0
-                    for smem, full, free, which in ((k_smem, k_full, k_free, 0), (v_smem, v_full, v_free, 1)):
-                        pl.when(at >= stages)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
-                        for i, page in enumerate(pages):
-                            plgpu.copy_gmem_to_smem(
-                                kv_ref.at[page, pl.ds(offset, rows_per_copy), 2 * kv_head + which],
-                                smem.at[slot, pl.ds(i * rows_per_copy, rows_per_copy)],
-                                full.at[slot],
-                            )
-                    return carry
+        @pl.loop(jnp.maximum(total - stages, 0), total)
+        def _drain(at):
+            plgpu.barrier_wait(k_free.at[lax.rem(at, stages)])
+            plgpu.barrier_wait(v_free.at[lax.rem(at, stages)])
 
-                lax.fori_loop(begin, end, fetch, None)
-
-            total = for_each_item(run)
-
-            @pl.loop(jnp.maximum(total - stages, 0), total)
-            def _drain(at):
-                plgpu.barrier_wait(k_free.at[lax.rem(at, stages)])
-                plgpu.barrier_wait(v_free.at[lax.rem(at, stages)])
-
-    ring = plgpu.SMEM((stages, block, head_dim), q.dtype, transforms=tiled)
-    queries = (NUM_CONSUMERS, QUERY_TILE, head_dim)
-    full = plgpu.Barrier(num_arrivals=copies, num_barriers=stages)
-    free = plgpu.Barrier(num_arrivals=NUM_CONSUMERS, num_barriers=stages)
-    kernel = plgpu.kernel(
-        body,
-        out_type=jax.ShapeDtypeStruct(padded.shape, q.dtype),
-        scratch_types=(
-            ring,
-            ring,
-            plgpu.RefUnion(plgpu.SMEM(queries, q.dtype, transforms=tiled), plgpu.SMEM(queries, q.dtype)),
-            full,
-            full,
-            free,
-            free,
-            plgpu.Barrier(num_barriers=NUM_CONSUMERS),
-            plgpu.Barrier(num_arrivals=NUM_CONSUMERS),
-        ),
-        grid=(launch.num_ctas,),
-        grid_names=("cta",),
-        num_threads=NUM_CONSUMERS + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane, reduction_scratch_bytes=0
-        ),
-        interpret=plgpu.InterpretGPUParams() if launch.interpret else None,
-        kernel_name="ragged_paged_prefill",
-    )
-    out = kernel(
-        padded, kv_pages, page_table, work.tile_row, work.tile_first, work.start, work.count, work.length,
-        work.num_tiles[None],
-    )  # fmt: skip
-    return out[:num_tokens]
+    return consume, produce

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,46 @@ class Launch:
 
     num_ctas: int
     interpret: bool
+
+
+class Heads(NamedTuple):
+    """Sizes that a kernel is built for.
+
+    Attributes:
+        kv_heads: key/value heads.
+        group: query heads of each of them.
+        head_dim: elements of a head.
+        page_size: tokens in a page.
+        dtype: of queries, cache and output.
+    """
+
+    kv_heads: int
+    group: int
+    head_dim: int
+    page_size: int
+    dtype: Any
+
+
+def heads_of(q: jax.Array, kv_pages: jax.Array) -> Heads:
+    """The sizes that arrays have."""
+    kv_heads = kv_pages.shape[2] // 2
+    return Heads(kv_heads, q.shape[1] // kv_heads, q.shape[2], kv_pages.shape[1], q.dtype)
+
+
+class Tensors(NamedTuple):
+    """A kernel's arrays in device memory.
+
+    Attributes:
+        q: ``[tokens, q_heads, head_dim]``.
+        kv_pages: ``[num_pages, page_size, 2 * kv_heads, head_dim]``, this step's keys and values included.
+        page_table: int32 ``[rows, max_pages]``.
+        out: like q.
+    """
+
+    q: Any
+    kv_pages: Any
+    page_table: Any
+    out: Any
 
 
 def smem_transforms(head_dim: int, dtype: Any) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:

@@ -1,4 +1,4 @@
-"""Who does what in a decode: made by a few small XLA operations, once a step for all layers."""
+"""Who does what in a step: made by a few small XLA operations, once for all layers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,18 @@ import jax
 import jax.numpy as jnp
 
 from jaxserve.pallas_kernels.ragged_paged_attention.metadata import AttentionMetadata
+from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_gpu.tile import Heads
+from jaxserve.pallas_kernels.ragged_paged_attention.variant import AttentionVariant
+
+# Of an H100, measured by `bench/kernels.py`; only their ratio counts.
+_BYTES_PER_S = 2.95e12
+_FLOPS_PER_S = 5.7e14
+# On this share of the CTAs decodes are as fast as on all of them, if nothing else runs.
+_SATURATING_SHARE = 0.5
+# How much longer they take beside prefills, which read much from the second-level cache.
+_CONTENTION = 1.25
+# Overlap must be expected to save this much.
+_WORTHWHILE = 0.97
 
 
 class DecodeWork(NamedTuple):
@@ -38,18 +50,61 @@ class PrefillWork(NamedTuple):
     Attributes:
         tile_row, tile_first: ``[tiles]``, a tile's row and its first query within it, longest context first.
         num_tiles: ``[]``, how many of them are real.
+        first_cta: ``[]``, from which CTA on they are done.
         start, count, length: ``[rows]``: first flattened token, tokens in this step, tokens of context.
     """
 
     tile_row: jax.Array
     tile_first: jax.Array
     num_tiles: jax.Array
+    first_cta: jax.Array
     start: jax.Array
     count: jax.Array
     length: jax.Array
 
 
-def tile_out(metadata: AttentionMetadata, *, num_tokens: int, queries: int) -> PrefillWork:
+class Division(NamedTuple):
+    """Who of the CTAs does what; int32 scalars.
+
+    Attributes:
+        decode_ctas: the first so many decode.
+        first_prefill: from this one on they prefill.
+    """
+
+    decode_ctas: jax.Array
+    first_prefill: jax.Array
+
+
+def divide(
+    metadata: AttentionMetadata, heads: Heads, variant: AttentionVariant, *, queries: int, num_ctas: int
+) -> Division:
+    """Lets decodes and chunks overlap, each on CTAs of its own, if that is expected to pay.
+
+    Decodes take the time of their bytes, whoever does them, if enough CTAs do. Chunks take that of their
+    products, in whole rounds of items. Of all ways to divide, the one whose longer side is shortest competes
+    with doing one after the other.
+    """
+    length, count = metadata.kv_lens, jnp.diff(metadata.cu_q_lens)
+    seen = length if variant.sliding_window is None else jnp.minimum(length, variant.sliding_window + count)
+    q_heads = heads.kv_heads * heads.group
+    row_bytes = 2 * heads.kv_heads * heads.head_dim * jnp.dtype(heads.dtype).itemsize
+    decode_s = jnp.sum(jnp.where(count == 1, seen, 0).astype(jnp.float32)) * (row_bytes / _BYTES_PER_S)
+    chunk, context = jnp.where(count > 1, count, 0).astype(jnp.float32), seen.astype(jnp.float32)
+    flops = jnp.sum(chunk * (context - 0.5 * chunk)) * (4 * q_heads * heads.head_dim)
+    items = jnp.ceil(chunk / queries).sum() * q_heads
+    item_s = flops * (num_ctas / _FLOPS_PER_S) / jnp.maximum(items, 1.0)
+    ctas = jnp.arange(1, num_ctas, dtype=jnp.float32)
+    slowed = jnp.maximum(_CONTENTION, num_ctas * _SATURATING_SHARE / ctas)
+    together = jnp.maximum(decode_s * slowed, jnp.ceil(items / (num_ctas - ctas)) * item_s)
+    best = jnp.argmin(together).astype(jnp.int32)
+    apart = decode_s + jnp.ceil(items / num_ctas) * item_s
+    pays = together[best] < _WORTHWHILE * apart
+    return Division(jnp.where(pays, best + 1, num_ctas), jnp.where(pays, best + 1, 0))
+
+
+def tile_out(
+    metadata: AttentionMetadata, *, num_tokens: int, queries: int, first_cta: jax.Array | int = 0
+) -> PrefillWork:
     """Cuts the chunks of a step into tiles of so many queries."""
     start, count = metadata.cu_q_lens[:-1], jnp.diff(metadata.cu_q_lens)
     rows = count.shape[0]
@@ -61,18 +116,21 @@ def tile_out(metadata: AttentionMetadata, *, num_tokens: int, queries: int) -> P
     first = (index - (until - tiles)[row]) * queries
     seen = jnp.where(index < until[-1], metadata.kv_lens[row] - count[row] + first + queries, 0)
     _, row, first = jax.lax.sort((-seen, row, first), num_keys=1)
-    return PrefillWork(row, first, until[-1], start, count, metadata.kv_lens)
+    return PrefillWork(
+        row, first, until[-1], jnp.asarray(first_cta, jnp.int32), start, count, metadata.kv_lens
+    )
 
 
 def share_out(
     metadata: AttentionMetadata,
     *,
-    num_workers: int,
+    most_workers: int,
+    num_workers: jax.Array | int,
     kv_heads: int,
     tile: int,
     sliding_window: int | None,
 ) -> DecodeWork:
-    """Cuts the decodes of a step into equal shares."""
+    """Cuts the decodes of a step into equal shares, for the first ``num_workers`` of ``most_workers``."""
     length = metadata.kv_lens
     token, counts = metadata.cu_q_lens[:-1], jnp.diff(metadata.cu_q_lens)
     first_tile = jnp.zeros_like(length)
@@ -84,12 +142,12 @@ def share_out(
     first_unit = until - units
     total = until[-1]
     least, extra = total // num_workers, total % num_workers
-    worker = jnp.arange(num_workers, dtype=jnp.int32)
+    worker = jnp.arange(most_workers, dtype=jnp.int32)
     start = worker * least + jnp.minimum(worker, extra)
     row = jnp.sum(start[:, None] >= until[None, :], axis=1, dtype=jnp.int32)
     row = jnp.minimum(row, length.shape[0] - 1)
     within, per_head = start - first_unit[row], jnp.maximum(num_tiles[row], 1)
-    share = least + (worker < extra).astype(jnp.int32)
+    share = jnp.where(worker < num_workers, least + (worker < extra).astype(jnp.int32), 0)
     shares = jnp.stack([row, within // per_head, within % per_head, share])
     division = jnp.stack([least, extra])
     return DecodeWork(token, length, first_tile, num_tiles, first_unit, shares, division)
