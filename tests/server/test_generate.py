@@ -43,6 +43,7 @@ async def test_generate_returns_the_whole_answer(client: AsyncClient) -> None:
     assert completion.logprobs is None
     assert output.metrics.ttft_s is not None
     assert output.metrics.e2e_s is not None
+    assert output.metrics.num_cached_tokens == NUM_CACHED
 
 
 async def test_text_and_chat_prompts(client: AsyncClient, engine: FakeEngine) -> None:
@@ -92,6 +93,7 @@ async def test_messages_on_the_wire_hold_only_what_is_new(target: str) -> None:
     )
     assert [message.HasField("usage") for message in messages] == [False, False, True]
     assert (messages[-1].usage.prompt_tokens, messages[-1].usage.completion_tokens) == (3, 3)
+    assert messages[-1].usage.cached_tokens == NUM_CACHED
     assert messages[-1].timings.finish_s >= messages[-1].timings.first_token_s >= 0
     assert messages[-1].outputs[0].finish.reason == pb.FINISH_REASON_LENGTH
     assert [(m.outputs[0].text, list(m.outputs[0].token_ids)) for m in silent] == [

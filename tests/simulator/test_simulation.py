@@ -198,7 +198,7 @@ def test_cluster_sizes_by_hand() -> None:
 
 
 def test_block_hashes_say_what_is_cached() -> None:
-    """Conversations of growing prompts, each block of 512 tokens numbered: hits as a trie counts them."""
+    """Conversations of growing prompts, a number for each block of 512 tokens: hits as a trie counts them."""
     rng, trie, blocks = random.Random(2), PrefixTrie(1), itertools.count(1)
     trace: list[TraceRequest] = []
     talks: list[tuple[int, ...]] = []

@@ -17,6 +17,7 @@ from jaxserve.outputs import CompletionOutput, Logprob, RequestMetrics, RequestO
 from jaxserve.request import FinishReason, SamplingParams
 
 VOCAB_SIZE = 256
+NUM_CACHED = 3
 _ROLES = ("system", "user", "assistant")
 
 
@@ -162,7 +163,12 @@ class FakeEngine:
             times = (start, start, start + self.step_s, loop.time() if reason else None)
             text = prompt if isinstance(prompt, str) else None
             yield RequestOutput(
-                request_id, text, token_ids, completions, reason is not None, RequestMetrics(*times)
+                request_id,
+                text,
+                token_ids,
+                completions,
+                reason is not None,
+                RequestMetrics(*times, num_cached_tokens=NUM_CACHED),
             )
             if reason is not None:
                 return
