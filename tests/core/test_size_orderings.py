@@ -155,7 +155,7 @@ def test_a_client_with_short_requests_does_not_take_everything(quantum: float, i
     for i in range(100):
         core.add(make_request(f"long-{i}", [1] * 64, 64, client="long"))
     served = {"short": 0.0, "long": 0.0}
-    for _ in range(1200):
+    for _ in range(600):
         for update in core.step():
             request = update.request
             served[request.client] += 2 + (request.num_prompt_tokens if update.finished else 0)
