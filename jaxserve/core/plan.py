@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from jaxserve.request import SamplingParams
@@ -69,7 +68,7 @@ class Admission:
 
     request_id: str
     slot: int
-    token_ids: Sequence[int]
+    token_ids: tuple[int, ...]
     page_ids: tuple[int, ...]
     num_prompt_tokens: int
     params: SamplingParams

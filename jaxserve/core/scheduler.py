@@ -329,7 +329,7 @@ class Scheduler:
             Admission(
                 request_id=request.id,
                 slot=request.slot,
-                token_ids=request.known_token_ids(),
+                token_ids=tuple(request.known_token_ids()),
                 page_ids=tuple(request.page_ids),
                 num_prompt_tokens=request.num_prompt_tokens,
                 params=request.params,

@@ -82,6 +82,7 @@ EXAMPLES: dict[str, tuple[str, Any]] = {
     "tokenizer": ("folder", "folder"),
     "revision": ("main", "main"),
     "dtype": ("bfloat16", "bfloat16"),
+    "kv_cache_dtype": ("int8", "int8"),
     "batching": ("static", "static"),
     "ordering": ("priority", "priority"),
     "composition": ("slo", "slo"),
