@@ -288,7 +288,7 @@ RAW = {
     "nested 10,000 deep": b"\x2a\x7f" * 10_000,
     "unknown field": GOOD + b"\x9a\x06\x01x",
     "unknown nested field": b"\x1a\x01x\x32\x03\xf8\x07\x01",
-    "reserved field": GOOD + b"\x62\x00",
+    "reserved field": GOOD + b"\x6a\x00",
 }
 
 
