@@ -12,7 +12,7 @@ from jaxserve.server.client import AsyncClient, Client
 from jaxserve.server.errors import DeadlineError, RequestAbortedError, RequestFailedError
 from jaxserve.server.protos.jaxserve.v1 import inference_pb2 as pb
 from jaxserve.server.protos.jaxserve.v1.inference_pb2_grpc import InferenceStub
-from tests.support.fake_engine import FakeEngine, chat_token_ids, letters
+from tests.support.fake_engine import NUM_CACHED, FakeEngine, chat_token_ids, letters
 
 PROMPT = [3, 5, 7]  # sums to 15: the first letter of the answer is "p"
 
