@@ -21,7 +21,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, final
 
 from jaxserve.core.page_pool import PagePool
-from jaxserve.core.radix_tree import NO_MATCH, Match, Node, RadixTree, pack
+from jaxserve.core.radix_tree import HORIZON_S, NO_MATCH, Match, Node, RadixTree, pack
 from jaxserve.core.template_breaks import TemplateBreak, TemplateBreaks
 from jaxserve.request import Request
 
@@ -82,12 +82,19 @@ class PrefixCache:
         pool: whose pages these are.
         page_size: tokens of a page.
         chunk_s: seconds that a chunk of a prompt takes after so many tokens of context.
+        horizon_s: seconds after which an access counts for 1/e of a new one, when pages are evicted.
     """
 
-    def __init__(self, pool: PagePool, page_size: int, chunk_s: Callable[[int], float]) -> None:
+    def __init__(
+        self,
+        pool: PagePool,
+        page_size: int,
+        chunk_s: Callable[[int], float],
+        horizon_s: float = HORIZON_S,
+    ) -> None:
         self._pool = pool
         self._page_size = page_size
-        self._tree = RadixTree(page_size, chunk_s)
+        self._tree = RadixTree(page_size, chunk_s, horizon_s)
         self._paths: dict[Request, _Path] = {}
         self._advanced: dict[Request, None] = {}  # computed more of their prompts in the newest plan
         self._asked: tuple[Request, int, int] | None = None

@@ -17,7 +17,8 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final, NamedTuple, final
 
-# Seconds after which an access counts for 1/e of a new one.
+# Seconds after which an access counts for 1/e of a new one. `bench/prefix.py --parts evict` compares it with
+# one second, which is least recently used.
 HORIZON_S = 300.0
 _TOKEN_BYTES = array("i").itemsize
 _NEVER = -math.inf
@@ -43,7 +44,7 @@ class Node:
         children: packed tokens of their first page -> child.
         claims: packed tokens of a page that comes next and is being computed -> who does so.
         num_locks: running requests whose path goes through here; never fewer than those of a child.
-        heat: log of the number of accesses, each weighted with exp(time / HORIZON_S).
+        heat: log of the number of accesses, each weighted with exp(time / horizon).
         log_cost: log of the seconds that a chunk of a prompt takes at this depth.
     """
 
@@ -117,10 +118,12 @@ class RadixTree:
     Args:
         page_size: tokens of a page.
         chunk_s: seconds that a chunk of a prompt takes after so many tokens of context.
+        horizon_s: seconds after which an access counts for 1/e of a new one.
     """
 
-    def __init__(self, page_size: int, chunk_s: Callable[[int], float]) -> None:
+    def __init__(self, page_size: int, chunk_s: Callable[[int], float], horizon_s: float = HORIZON_S) -> None:
         self._page_size = page_size
+        self._horizon_s = horizon_s
         self._page_bytes = page_size * _TOKEN_BYTES
         self._chunk_s = chunk_s
         self._roots: dict[str, Node] = {}
@@ -227,7 +230,7 @@ class RadixTree:
         if node.num_locks == 0:
             self.num_evictable -= len(node.pages)
         node.num_locks += 1
-        node.heat = _log_add(node.heat, now / HORIZON_S)
+        node.heat = _log_add(node.heat, now / self._horizon_s)
 
     def unlock(self, node: Node) -> None:
         """Gives back the lock of a path. A node is worth no less than what was reached through it."""
@@ -277,7 +280,7 @@ class RadixTree:
         new = Node(node, node.end, tokens, list(pages), self._log_cost(node.end))
         node.children[tokens[:size]] = new
         new.num_locks = 1
-        new.heat = now / HORIZON_S
+        new.heat = now / self._horizon_s
         self.num_nodes += 1
         return new, pages
 
