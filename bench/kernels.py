@@ -58,7 +58,19 @@ def make_cases(trace: Path | None) -> list[Case]:
         *cases,
         Case("prefill-8192", [(8192, 8192)]),
         Case("prefill-2048-at-8192", [(2048, 8192)]),
-        Case("mixed-1024-at-8192-64-decodes", [*((1, length) for length in lengths), (1024, 8192)]),
+        *(
+            Case(
+                f"mixed-{chunk}-at-{context}-{len(few)}-decodes",
+                [*((1, length) for length in few), (chunk, context)],
+            )
+            for chunk, context, few in (
+                (1024, 8192, lengths),
+                (2048, 4096, lengths),
+                (512, 2048, [750] * 64),
+                (256, 256, lengths[:16]),
+                (8192, 8192, lengths[:4]),
+            )
+        ),
     ]
 
 
@@ -202,15 +214,22 @@ def attention_flops(rows: list[tuple[int, int]]) -> int:
     return 4 * HEAD_DIM * Q_HEADS * seen
 
 
-def report(results: Results, case: Case, measured: Measured, *, bandwidth: float, cudnn: float) -> None:
-    """Emits a case's records."""
+def report(
+    results: Results, case: Case, measured: Measured, *, page_size: int, bandwidth: float, cudnn: float
+) -> None:
+    """Emits a case's records; of a mixed one also how much longer its two halves take one after the other."""
     decodes = [row for row in case.rows if row[0] == 1]
     chunks = [row for row in case.rows if row[0] > 1]
     results.add(case.name, "us", measured.us, "us")
     results.add(case.name, "call_us", measured.call_us, "us")
     for kind, us in measured.kinds.items():
         results.add(case.name, f"{kind}_us", us, "us")
-    if not chunks:
+    if chunks and decodes:
+        halves = [measure(Case(case.name, rows), page_size) for rows in (decodes, chunks)]
+        serial_us = sum(half.us for half in halves)
+        results.add(case.name, "serial_us", serial_us, "us")
+        results.add(case.name, "speedup_over_serial", serial_us / measured.us, "1")
+    elif decodes:
         read = sum(length for _, length in decodes) * 2 * KV_HEADS * HEAD_DIM * 2
         results.add(case.name, "bandwidth_share", read / (measured.us * 1e-6) / bandwidth, "1")
         results.add(case.name, "kernel_share", read / (measured.kinds["decode"] * 1e-6) / bandwidth, "1")
@@ -238,7 +257,7 @@ def main(argv: list[str] | None = None) -> int:
     for case in make_cases(args.trace):
         if args.case is None or case.name in args.case:
             measured = measure(case, args.page_size)
-            report(results, case, measured, bandwidth=bandwidth, cudnn=cudnn)
+            report(results, case, measured, page_size=args.page_size, bandwidth=bandwidth, cudnn=cudnn)
     return 0
 
 

@@ -23,7 +23,6 @@ from jaxserve.core.plan import Bucket  # noqa: E402
 from jaxserve.models.registry import find_family  # noqa: E402
 from jaxserve.platforms.tpu import Tpu, chip_of, topology_devices  # noqa: E402
 from jaxserve.runner.ahead_of_time import (  # noqa: E402
-    cache_shapes,
     compile_steps,
     plan_engine,
     report_step,
@@ -61,7 +60,7 @@ def measure(
     for bucket in (Bucket(64, 64), Bucket(resolved.ladder.token_budget, resolved.ladder.mixed_rows)):
         compile_one = functools.partial(compile_steps, config, planned, resolved, [bucket])
         programs, seconds = timed(compile_one)
-        report = report_step(bucket, programs.step(bucket), cache_shapes(planned, resolved)[0], seconds)
+        report = report_step(bucket, programs.step(bucket), planned, resolved, seconds)
         case = f"{'decode' if bucket.is_decode else 'mixed'}_{bucket.tokens}"
         more = {
             "layers": hf["num_hidden_layers"],

@@ -30,7 +30,6 @@ from jaxserve.platforms.tpu import Tpu, TpuChip, chip_of, topology_devices  # no
 from jaxserve.runner.ahead_of_time import (  # noqa: E402
     PlannedModel,
     StepReport,
-    cache_shapes,
     compile_steps,
     plan_engine,
     report_step,
@@ -121,7 +120,7 @@ def program_cost(model: str, topology: str, devices: int, rows: int, layers: int
     bucket = Bucket(rows, rows)
     compiled: Any = compile_steps(config, planned, resolved, [bucket]).step(bucket)
     counts = compiled.cost_analysis()
-    report = report_step(bucket, compiled, cache_shapes(planned, resolved)[0], 0.0)
+    report = report_step(bucket, compiled, planned, resolved, 0.0)
     return Cost(counts["flops"], weight_bytes(planned), link_bytes(report, devices))
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 from jaxserve.errors import ConfigError
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+KVCacheDType = Literal["auto", "int8", "fp8"]
 Batching = Literal["continuous", "static", "dynamic"]
 Ordering = Literal["fcfs", "priority", "strict_priority", "sjf", "mlfq", "fair", "lpm", "dlpm", "spf"]
 Composition = Literal["chunked", "slo", "phase", "partition"]
@@ -53,7 +54,7 @@ class ModelConfig:
     )
     tokenizer: str | None = _option(None, "folder or tokenizer.json to use instead of the model's own")
     revision: str | None = _option(None, "hub revision (branch, tag or commit) used for every file")
-    dtype: DType = _option("auto", "precision of weights, activations and KV")
+    dtype: DType = _option("auto", "precision of weights and activations, and of KV (see kv_cache_dtype)")
     max_model_len: int | None = _option(
         None, "longest prompt + output in tokens; default: the model's own, as memory allows"
     )
@@ -65,6 +66,10 @@ class CacheConfig:
 
     page_size: int | None = _option(
         None, "tokens in a KV page, a power of two; default: 16, on GPUs 64, on TPUs 128"
+    )
+    kv_cache_dtype: KVCacheDType = _option(
+        "auto",
+        "precision of KV: the model's (auto), or 8 bits with a scale for each token and head (fp8 is e4m3)",
     )
     num_pages: int | None = _option(None, "KV pages; default: as many as fit in memory_fraction")
     memory_fraction: float = _option(
@@ -203,6 +208,7 @@ def check(config: EngineConfig) -> None:
         config.runner,
     )
     _require_choice("dtype", model.dtype, get_args(DType))
+    _require_choice("kv_cache_dtype", cache.kv_cache_dtype, get_args(KVCacheDType))
     _require_choice("batching", scheduler.batching, get_args(Batching))
     _require_choice("ordering", scheduler.ordering, get_args(Ordering))
     _require_choice("composition", scheduler.composition, get_args(Composition))

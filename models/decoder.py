@@ -28,9 +28,9 @@ class DecoderLayer(nnx.Module):
         self.mlp = Mlp(config, dtype)
         self.post_mlp_norm = _norm(config, dtype) if config.sandwich_norms else None
 
-    def __call__(
-        self, x: jax.Array, rope: tuple[jax.Array, jax.Array], kv_cache: jax.Array, attend: AttendFn
-    ) -> tuple[jax.Array, jax.Array]:
+    def __call__[Cache](
+        self, x: jax.Array, rope: tuple[jax.Array, jax.Array], kv_cache: Cache, attend: AttendFn[Cache]
+    ) -> tuple[jax.Array, Cache]:
         """[T, D] -> [T, D] and the updated cache of this layer."""
         out, kv_cache = self.attention(self.attention_norm(x), rope, kv_cache, attend)
         if self.post_attention_norm is not None:
@@ -58,19 +58,19 @@ class Decoder(nnx.Module):
             None if config.tie_embeddings else Embedding(config.vocab_size, config.hidden_size, dtype)
         )
 
-    def __call__(
+    def __call__[Cache](
         self,
         token_ids: jax.Array,
         positions: jax.Array,
-        kv_cache: Sequence[jax.Array],
-        attend: AttendFn,
-    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        kv_cache: Sequence[Cache],
+        attend: AttendFn[Cache],
+    ) -> tuple[jax.Array, tuple[Cache, ...]]:
         """Runs all layers.
 
         Args:
             token_ids: int32 [T], each in [0, vocab_size).
             positions: int32 [T], each token's place in its own sequence.
-            kv_cache: one array a layer, in the layout that ``attend`` understands.
+            kv_cache: one a layer, of the type that ``attend`` understands.
             attend: which tokens belong together is known to it alone.
 
         Returns:
@@ -84,7 +84,7 @@ class Decoder(nnx.Module):
         # A dict, not a set: the compile cache wants the same program from every process.
         ropes = dict.fromkeys(config.layer_rope(i) for i in range(config.num_layers))
         tables = {rope: rope_table(rope, config.head_dim, positions) for rope in ropes}
-        caches: list[jax.Array] = []
+        caches: list[Cache] = []
         for i, (layer, cache) in enumerate(zip(self.layers, kv_cache, strict=True)):
             x, cache = layer(x, tables[config.layer_rope(i)], cache, attend)
             caches.append(cache)

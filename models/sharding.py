@@ -42,7 +42,9 @@ class ShardingRules:
 
 # Logical axes of what is not a parameter; an array that names none is whole on every device.
 HEADS_AXES = (None, "kv_heads", None)  # queries, keys and values of a step: [tokens, heads, head_dim]
-KV_CACHE_AXES = (None, None, "kv_heads", None)  # `jaxserve.pallas_kernels.layout.KVLayout`
+# The arrays of a `jaxserve.pallas_kernels.layout.KVPages`.
+KV_DATA_AXES = (None, None, "kv_heads", None)
+KV_SCALES_AXES = (None, "kv_heads", None)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""How keys and values lie in pages, and the primitives that move whole pages.
+"""How keys and values lie in pages, how they are rounded to eight bits, and the primitives that move pages.
 
 Every operation on a KV cache goes through this layout, so that a cache of another precision is another layout
 and not another copy of the code.
@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+# Stored types of a byte, and the largest magnitude of a code.
+LARGEST_CODE = {jnp.dtype(jnp.int8): 127.0, jnp.dtype(jnp.float8_e4m3fn): 448.0}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -26,11 +31,15 @@ class KVLayout:
     In row-major memory these are the same bytes; a TPU, which fills up rows to 128 elements, needs half the
     memory for heads of 64.
 
+    An 8-bit cache (int8, float8_e4m3fn) has a second array, float32 ``[num_pages, 2 * num_kv_heads,
+    page_size]``: the scale of each key and value, head-major within a page, so that one head's scales of a
+    page are one contiguous run. A stored element stands for code times scale.
+
     Attributes:
         page_size: tokens in a page.
         num_kv_heads: key/value heads in this array (per shard, under `jax.shard_map`).
         head_dim: elements of one key.
-        dtype: of the stored elements.
+        dtype: of the stored elements: float32, bfloat16, float16, int8 or float8_e4m3fn.
         is_packed: whether a head's key and value are one row.
     """
 
@@ -45,40 +54,94 @@ class KVLayout:
             value = getattr(self, name)
             if value < 1:
                 raise ValueError(f"{name}={value}: must be at least 1")
-        object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
+        dtype = jnp.dtype(self.dtype)
+        is_float = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize in (2, 4)
+        if not is_float and dtype not in LARGEST_CODE:
+            raise ValueError(
+                f"dtype={dtype}: must be float32, bfloat16, float16, {', '.join(map(str, LARGEST_CODE))}"
+            )
+        object.__setattr__(self, "dtype", dtype)
+
+    @property
+    def has_scales(self) -> bool:
+        """Whether elements are codes that stand for code times scale."""
+        return self.dtype in LARGEST_CODE
 
     def shape(self, num_pages: int) -> tuple[int, int, int, int]:
-        """The shape of one layer's cache with this many pages, the null page included."""
+        """The shape of one layer's elements with this many pages, the null page included."""
         if self.is_packed:
             return (num_pages, self.page_size, self.num_kv_heads, 2 * self.head_dim)
         return (num_pages, self.page_size, 2 * self.num_kv_heads, self.head_dim)
 
-    def bytes_per_page(self) -> int:
-        """Bytes that one page takes in one layer."""
-        return math.prod(self.shape(1)) * self.dtype.itemsize
+    def scales_shape(self, num_pages: int) -> tuple[int, int, int]:
+        """The shape of one layer's scales with this many pages, of a layout that has them."""
+        return (num_pages, 2 * self.num_kv_heads, self.page_size)
 
-    @classmethod
-    def of(cls, kv_pages: jax.Array) -> KVLayout:
-        """The layout of an existing cache array that is not packed.
+    def bytes_per_page(self) -> int:
+        """Bytes that one page takes in one layer, its scales included."""
+        elements = math.prod(self.shape(1)) * self.dtype.itemsize
+        return elements + (4 * math.prod(self.scales_shape(1)) if self.has_scales else 0)
+
+    def shapes(self, num_pages: int) -> KVPages:
+        """One layer's cache as `jax.ShapeDtypeStruct`."""
+        data: Any = jax.ShapeDtypeStruct(self.shape(num_pages), self.dtype)
+        scales: Any = jax.ShapeDtypeStruct(self.scales_shape(num_pages), jnp.float32)
+        return KVPages(data, scales if self.has_scales else None, self.head_dim)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, slots=True)
+class KVPages:
+    """One layer's cache; a pytree.
+
+    The layout follows from the arrays: under `jax.shard_map` they hold fewer heads, and so it does. Only
+    ``head_dim`` must be told, because packed rows are twice as long.
+
+    Attributes:
+        data: the elements, see `KVLayout`.
+        scales: float32 ``[num_pages, 2 * num_kv_heads, page_size]``; None unless ``data`` is 8-bit.
+        head_dim: elements of one key; static.
+    """
+
+    data: jax.Array
+    scales: jax.Array | None
+    head_dim: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def layout(self) -> KVLayout:
+        """How the arrays are laid out.
 
         Raises:
-            ValueError: if the array cannot be a KV cache.
+            ValueError: if they cannot be a KV cache.
         """
-        if kv_pages.ndim != 4 or kv_pages.shape[2] % 2:
+        shape, dtype = self.data.shape, self.data.dtype
+        if len(shape) != 4 or 0 in shape:
             raise ValueError(
-                f"kv_pages has shape {kv_pages.shape}: "
-                "must be [num_pages, page_size, 2 * num_kv_heads, head_dim]"
+                f"kv_pages has shape {shape}: must be [num_pages, page_size, 2 * num_kv_heads, head_dim]"
             )
-        _, page_size, doubled_heads, head_dim = kv_pages.shape
-        return cls(page_size, doubled_heads // 2, head_dim, kv_pages.dtype)
+        num_pages, page_size, rows, width = shape
+        is_packed = width == 2 * self.head_dim
+        if not is_packed and (width != self.head_dim or rows % 2):
+            raise ValueError(
+                f"kv_pages has shape {shape}, for heads of {self.head_dim} elements: "
+                "must end in [2 * num_kv_heads, head_dim], or packed in [num_kv_heads, 2 * head_dim]"
+            )
+        layout = KVLayout(page_size, rows if is_packed else rows // 2, self.head_dim, dtype, is_packed)
+        if layout.has_scales != (self.scales is not None):
+            must = "must have scales" if layout.has_scales else "must have no scales"
+            raise ValueError(f"kv_pages is {dtype}: {must}")
+        if self.scales is not None:
+            expected = layout.scales_shape(num_pages)
+            if self.scales.shape != expected or self.scales.dtype != jnp.float32:
+                raise ValueError(
+                    f"scales is {self.scales.dtype}{list(self.scales.shape)}: must be float32{list(expected)}"
+                )
+        return layout
 
-
-def unpacked(kv_pages: jax.Array, head_dim: int) -> jax.Array:
-    """A cache array in the order that is not packed; the array itself if it is in it already."""
-    num_pages, page_size, rows, width = kv_pages.shape
-    if width != 2 * head_dim:
-        return kv_pages
-    return kv_pages.reshape(num_pages, page_size, 2 * rows, head_dim)
+    def unpacked(self) -> KVPages:
+        """The same cache in the order that is not packed."""
+        layout = dataclasses.replace(self.layout, is_packed=False)
+        return dataclasses.replace(self, data=self.data.reshape(layout.shape(self.data.shape[0])))
 
 
 def interleave(k: jax.Array, v: jax.Array) -> jax.Array:
@@ -87,36 +150,75 @@ def interleave(k: jax.Array, v: jax.Array) -> jax.Array:
     return jnp.stack([k, v], axis=-2).reshape(*lead, 2 * heads, head_dim)
 
 
-def gather_pages(kv_pages: jax.Array, page_ids: jax.Array) -> jax.Array:
-    """Copies whole pages out of a cache, bit for bit.
+def encode(k: jax.Array, v: jax.Array, dtype: DTypeLike) -> tuple[jax.Array, jax.Array | None]:
+    """Keys and values as a cache stores them.
+
+    Every key and every value has a scale of its own, from its own largest magnitude, so what was stored once
+    is never rounded again: a token's codes do not depend on its neighbours, or on when it was written.
 
     Args:
-        kv_pages: ``[num_pages, page_size, 2 * heads, head_dim]``.
+        k, v: ``[..., heads, head_dim]``.
+        dtype: of the cache.
+
+    Returns:
+        The elements ``[..., 2 * heads, head_dim]`` in that dtype, and if it is 8-bit their scales, float32
+        ``[..., 2 * heads]``: the largest magnitude over 127 (int8) or 448 (float8_e4m3fn), 1 where that is
+        zero or subnormal, NaN where an element is not finite. Codes are the elements times the scales'
+        reciprocals, rounded to nearest, ties to even.
+    """
+    values = interleave(k, v)
+    largest = LARGEST_CODE.get(jnp.dtype(dtype))
+    if largest is None:
+        return values.astype(dtype), None
+    values = values.astype(jnp.float32)
+    # Products only: of a division XLA may or may not make one, and a tie would be rounded the other way.
+    scales = jnp.max(jnp.abs(values), axis=-1) * jnp.float32(1.0 / largest)
+    scales = jnp.where(scales < jnp.finfo(jnp.float32).tiny, 1.0, scales)
+    scales = jnp.where(jnp.isinf(scales), jnp.nan, scales)
+    codes = jnp.clip(values * (1.0 / scales)[..., None], -largest, largest)
+    if jnp.issubdtype(dtype, jnp.integer):
+        codes = jnp.where(jnp.isnan(codes), 0.0, jnp.round(codes))  # the scale is what tells
+    return codes.astype(dtype), scales
+
+
+def gather_pages[Cache: (jax.Array, KVPages)](kv_pages: Cache, page_ids: jax.Array) -> Cache:
+    """Copies whole pages out of a cache, bit for bit, with their scales if they have any.
+
+    Args:
+        kv_pages: one layer's cache.
         page_ids: int32 ``[n]``, each in ``[0, num_pages)``.
 
     Returns:
-        ``[n, page_size, 2 * heads, head_dim]``; an id out of range gives zeros.
+        A cache of ``n`` pages; an id out of range gives zeros.
     """
-    return kv_pages.at[page_ids].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+
+    def gather(array: jax.Array) -> jax.Array:
+        return array.at[page_ids].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+
+    return jax.tree.map(gather, kv_pages)
 
 
-def scatter_pages(kv_pages: jax.Array, page_ids: jax.Array, pages: jax.Array) -> jax.Array:
+def scatter_pages[Cache: (jax.Array, KVPages)](kv_pages: Cache, page_ids: jax.Array, pages: Cache) -> Cache:
     """Writes whole pages into a cache, in place if the caller donates it; the inverse of `gather_pages`.
 
     Args:
-        kv_pages: ``[num_pages, page_size, 2 * heads, head_dim]``.
+        kv_pages: one layer's cache.
         page_ids: int32 ``[n]``, all different; an id out of range is skipped, so that a list can be padded.
-        pages: ``[n, page_size, 2 * heads, head_dim]``, the cache's dtype.
+        pages: a cache of ``n`` pages, of the same layout.
 
     Returns:
         The cache with those pages replaced.
 
     Raises:
-        ValueError: if ``pages`` has another shape or dtype than the cache's pages.
+        ValueError: if ``pages`` has another shape, dtype or layout than the cache's pages.
     """
-    expected = (*page_ids.shape, *kv_pages.shape[1:])
-    if pages.shape != expected or pages.dtype != kv_pages.dtype:
-        raise ValueError(
-            f"pages is {pages.dtype}{list(pages.shape)}: must be {kv_pages.dtype}{list(expected)}"
-        )
-    return kv_pages.at[page_ids].set(pages, mode="drop", wrap_negative_indices=False)
+    if jax.tree.structure(pages) != jax.tree.structure(kv_pages):
+        raise ValueError("pages is of another layout: must be the cache's, with scales if that has them")
+
+    def scatter(array: jax.Array, new: jax.Array) -> jax.Array:
+        expected = (*page_ids.shape, *array.shape[1:])
+        if new.shape != expected or new.dtype != array.dtype:
+            raise ValueError(f"pages is {new.dtype}{list(new.shape)}: must be {array.dtype}{list(expected)}")
+        return array.at[page_ids].set(new, mode="drop", wrap_negative_indices=False)
+
+    return jax.tree.map(scatter, kv_pages, pages)

@@ -95,13 +95,11 @@ def _compile_steps(
     config: EngineConfig, planned: PlannedModel, resolved: ResolvedConfig
 ) -> Iterable[StepReport]:
     """One after the other, so that each is reported as soon as it is there."""
-    from jaxserve.runner.ahead_of_time import cache_shapes, compile_steps, report_step, timed
-
-    cache = cache_shapes(planned, resolved)[0]
+    from jaxserve.runner.ahead_of_time import compile_steps, report_step, timed
 
     def compile_one(bucket: Bucket) -> StepReport:
         programs, seconds = timed(lambda: compile_steps(config, planned, resolved, [bucket]))
-        return report_step(bucket, programs.step(bucket), cache, seconds)
+        return report_step(bucket, programs.step(bucket), planned, resolved, seconds)
 
     return map(compile_one, resolved.ladder.all())
 
@@ -114,7 +112,8 @@ def _print_plan(planned: PlannedModel, resolved: ResolvedConfig, kind: str, limi
     print(f"weights      {planned.bytes_per_device / _GIB:.2f} GiB{room}, {resolved.dtype}")
     print(
         f"KV pages     {resolved.num_pages * page_bytes / _GIB:.2f} GiB: {resolved.num_pages} of "
-        f"{resolved.layout.page_size} tokens, {resolved.num_cache_tokens} tokens in all"
+        f"{resolved.layout.page_size} tokens, {resolved.num_cache_tokens} tokens in all, "
+        f"{resolved.layout.dtype}"
     )
     print(f"context      {resolved.max_model_len} tokens at most, {resolved.num_slots} requests at once")
     print(f"decode rows  {', '.join(map(str, resolved.ladder.decode_rows))}")

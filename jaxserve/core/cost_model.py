@@ -148,8 +148,10 @@ class CostModel:
         return max(seconds, self._prior.floor(bucket, features))
 
     def observe(self, bucket: Bucket, features: StepFeatures, seconds: float) -> None:
-        """Learns from one measured step, unless something else held it up (a compile, a pause)."""
-        if seconds <= 0.0 or (self.num_samples and seconds > _OUTLIER * self.predict(bucket, features)):
+        """Learns from one measured step, unless something else held it up (a compile, a pause), or the host
+        was late to look and the device had done this one already: then it seems faster than can be."""
+        too_short = seconds <= self._prior.floor(bucket, features)
+        if too_short or (self.num_samples and seconds > _OUTLIER * self.predict(bucket, features)):
             self.num_rejected += 1
             return
         self.num_samples += 1

@@ -174,7 +174,11 @@ def make_runner(
 ) -> tuple[ResolvedConfig, ModelRunner]:
     """Sizes an engine for its device, allocates slots and pages, compiles everything. Raises ConfigError."""
     resolved = resolve(config, model.platform, model.module.config, model.placement.mesh)
-    num_programs = count_programs(resolved.ladder.all(), admission_sizes(resolved.num_slots))
+    num_programs = count_programs(
+        resolved.ladder.all(),
+        admission_sizes(resolved.num_slots),
+        branches_on_host=model.platform.branches_on_host,
+    )
     with tqdm(
         total=num_programs, desc="compiling, once (about a minute)", unit="program", disable=not progress
     ) as bar:
@@ -186,6 +190,7 @@ def make_runner(
             config.runner.attention,
             run_each_once=model.platform.slow_first_run,
             pairs_single_rows=model.platform.pairs_single_rows,
+            branches_on_host=model.platform.branches_on_host,
             on_compiled=bar.update,
         )
     return resolved, runner

@@ -53,6 +53,11 @@ class Platform(Protocol):
         """Whether programs of one row read bfloat16 weights as pairs (`jaxserve.models.pairs`)."""
         ...
 
+    @property
+    def branches_on_host(self) -> bool:
+        """Whether the host waits for the device at a branch inside a program."""
+        ...
+
     def packs_kv(self, num_kv_heads: int, head_dim: int, dtype: Any) -> bool:
         """Whether a cache with these heads on a device is best stored packed (`KVLayout`)."""
         ...

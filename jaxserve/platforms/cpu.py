@@ -23,6 +23,7 @@ class Cpu:
     slow_first_run = False
     smallest_rows = 1
     pairs_single_rows = True
+    branches_on_host = False
 
     def packs_kv(self, num_kv_heads: int, head_dim: int, dtype: Any) -> bool:
         return False

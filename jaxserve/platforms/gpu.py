@@ -21,6 +21,7 @@ class Gpu:
     slow_first_run = True
     smallest_rows = 1
     pairs_single_rows = False
+    branches_on_host = True
 
     def packs_kv(self, num_kv_heads: int, head_dim: int, dtype: Any) -> bool:
         return False

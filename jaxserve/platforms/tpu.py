@@ -118,6 +118,7 @@ class Tpu:
     slow_first_run = True
     smallest_rows = 8  # the sublanes of a vector register: fewer rows cost the same
     pairs_single_rows = False
+    branches_on_host = False
 
     def __init__(self, planned_bytes: int | None = None) -> None:
         self._planned_bytes = planned_bytes

@@ -21,13 +21,13 @@ from jaxserve.models.config import DecoderConfig
 from jaxserve.models.decoder import Decoder
 from jaxserve.models.params import param_specs
 from jaxserve.models.sharding import (
-    KV_CACHE_AXES,
     Placement,
     check_divisible,
     make_mesh,
     sharding_for,
 )
 from jaxserve.platforms import Platform
+from jaxserve.runner.kv_cache import cache_shapes
 from jaxserve.runner.programs import Programs
 from jaxserve.runner.resolve import ResolvedConfig, resolve, resolve_dtype
 from jaxserve.runner.slots import empty_slots
@@ -71,7 +71,7 @@ class StepReport:
         argument_bytes, temporary_bytes: memory of its inputs, and what it needs beside them.
         aliased_bytes: of the outputs that are written over inputs.
         collectives: how many of each; those in branches that a step may not take count too.
-        cache_copies: instructions that copy or gather a whole layer's cache.
+        cache_copies: instructions that copy or gather a whole layer's cache, or its scales.
         host_transfers: instructions that talk to the host while the step runs.
         custom_calls: target -> how many; kernels are among them.
     """
@@ -126,13 +126,6 @@ def plan_engine(
     return planned, resolve(config, platform, model, planned.placement.mesh)
 
 
-def cache_shapes(planned: PlannedModel, resolved: ResolvedConfig) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """The KV caches of all layers."""
-    shape, sharding = resolved.layout.shape(resolved.num_pages), planned.placement.sharding(KV_CACHE_AXES)
-    cache = jax.ShapeDtypeStruct(shape, resolved.layout.dtype, sharding=sharding)
-    return (cache,) * planned.module.config.num_layers
-
-
 def compile_steps(
     config: EngineConfig,
     planned: PlannedModel,
@@ -147,7 +140,7 @@ def compile_steps(
         empty_slots(resolved.num_slots, resolved.max_model_len, resolved.layout.page_size),
     )
     params: Any = planned.params
-    caches: Any = cache_shapes(planned, resolved)
+    cache = cache_shapes(resolved.layout, resolved.num_pages, planned.placement)
     return Programs(
         planned.module,
         planned.placement,
@@ -155,25 +148,32 @@ def compile_steps(
         buckets=buckets,
         admission_sizes=admission_sizes,
         params_of=lambda bucket: params,
-        caches=caches,
+        caches=(cache,) * planned.module.config.num_layers,
         slots=slots,
+        branches_on_host=False,
         on_compiled=lambda: None,
     )
 
 
-def report_step(bucket: Bucket, compiled: Any, cache: jax.ShapeDtypeStruct, compile_s: float) -> StepReport:
+def report_step(
+    bucket: Bucket, compiled: Any, planned: PlannedModel, resolved: ResolvedConfig, compile_s: float
+) -> StepReport:
     """Reads a compiled step.
 
     Args:
         bucket: its shape.
         compiled: what `Programs.step` gives.
-        cache: one layer's.
+        planned: the model that it is a step of.
+        resolved: the engine's sizes.
         compile_s: seconds that it took.
     """
     memory = compiled.memory_analysis()
     text = compiled.as_text()
     ops = [(match["op"], match["shape"]) for match in _INSTRUCTION.finditer(text)]
-    whole = _elements(cache.sharding.shard_shape(cache.shape))
+    cache = cache_shapes(resolved.layout, resolved.num_pages, planned.placement)
+    shards: list[Any] = [array.sharding.shard_shape(array.shape) for array in jax.tree.leaves(cache)]
+    # Activations may be as large as scales, but are not of their shape.
+    whole, same = _elements(shards[0]), {",".join(map(str, shard)) for shard in shards}
     ops = [(op.removesuffix("-start"), shape) for op, shape in ops]
     count = collections.Counter(op for op, _ in ops)
     return StepReport(
@@ -186,7 +186,8 @@ def report_step(bucket: Bucket, compiled: Any, cache: jax.ShapeDtypeStruct, comp
             Collective(op, sum(_bytes(shape))) for op, shape in ops if op in COLLECTIVES
         ),
         cache_copies=sum(
-            op in ("copy", "transpose", *COLLECTIVES) and max(_sizes(shape), default=0) >= whole
+            op in ("copy", "transpose", *COLLECTIVES)
+            and (max(_sizes(shape), default=0) >= whole or not same.isdisjoint(_dims(shape)))
             for op, shape in ops
         ),
         host_transfers=sum(count[op] for op in _HOST_OPS),
@@ -214,8 +215,12 @@ def _elements(shape: Iterable[int]) -> int:
 
 def _sizes(shapes: str) -> list[int]:
     """Elements of each array in an HLO type."""
-    dims = (match["dims"].split(",") for match in _ARRAY.finditer(shapes))
-    return [_elements(int(size) for size in each if size) for each in dims]
+    return [_elements(int(size) for size in dims.split(",") if size) for dims in _dims(shapes)]
+
+
+def _dims(shapes: str) -> list[str]:
+    """Sizes of each array in an HLO type, as they are written there."""
+    return [match["dims"] for match in _ARRAY.finditer(shapes)]
 
 
 def _bytes(shapes: str) -> list[int]:

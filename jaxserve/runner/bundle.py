@@ -60,6 +60,7 @@ def make_manifest(
         "max_num_seqs": resolved.num_slots,
         "max_num_batched_tokens": resolved.ladder.token_budget,
         "page_size": resolved.layout.page_size,
+        "kv_cache_dtype": config.cache.kv_cache_dtype,
         "num_pages": resolved.num_pages,
         "row_buckets": resolved.ladder.decode_rows,
         "token_buckets": resolved.ladder.mixed_tokens,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,12 +14,13 @@ from jaxserve.core.plan import Admission, Bucket, StepPlan, StepResult, TopLogpr
 from jaxserve.models.decoder import Decoder
 from jaxserve.models.pairs import pair_views
 from jaxserve.models.params import Params
-from jaxserve.models.sharding import KV_CACHE_AXES, Placement
+from jaxserve.models.sharding import Placement
 from jaxserve.pallas_kernels.ragged_paged_attention.api import Implementation
 from jaxserve.runner.compile_counter import compile_counter
+from jaxserve.runner.kv_cache import cache_shapes
 from jaxserve.runner.programs import Programs
 from jaxserve.runner.resolve import ResolvedConfig
-from jaxserve.runner.sampler import Sampled
+from jaxserve.runner.sampler import Sampled, is_greedy
 from jaxserve.runner.slots import SlotState, admission_rows, empty_slots
 from jaxserve.runner.step import Caches
 
@@ -54,6 +54,7 @@ class ModelRunner:
         *,
         run_each_once: bool,
         pairs_single_rows: bool,
+        branches_on_host: bool,
         on_compiled: Callable[[], object] = lambda: None,
     ) -> None:
         self._params = params
@@ -64,6 +65,7 @@ class ModelRunner:
         self._resolved = resolved
         self._admission_sizes = admission_sizes(resolved.num_slots)
         self._logprob_counts = [-1] * resolved.num_slots
+        self._is_greedy = [True] * resolved.num_slots
         replicated = placement.sharding()
         self._slots: SlotState = jax.device_put(
             empty_slots(resolved.num_slots, resolved.max_model_len, resolved.layout.page_size), replicated
@@ -78,12 +80,13 @@ class ModelRunner:
             params_of=self._params_of,
             caches=self._caches,
             slots=self._slots,
+            branches_on_host=branches_on_host,
             on_compiled=on_compiled,
         )
-        if run_each_once:
-            for bucket in resolved.ladder.all():
-                self._run_empty(bucket)
-        self._run_empty(resolved.ladder.all()[0])
+        buckets = resolved.ladder.all()
+        for bucket in buckets if run_each_once else buckets[:1]:
+            for greedy in self._programs.kinds:
+                self._run_empty(bucket, greedy=greedy)
         self._compiles_at_start = compile_counter().count
 
     @property
@@ -100,8 +103,11 @@ class ModelRunner:
         plan = batch.plan
         if plan.admissions:
             self._admit(list(plan.admissions))
-        sampled = self._run(plan.bucket, batch.rows, batch.page_updates)
+        greedy = all(self._is_greedy[row.slot] for row in plan.rows)
+        sampled = self._run(plan.bucket, batch.rows, batch.page_updates, greedy=greedy)
         sampled.token_ids.copy_to_host_async()
+        if greedy:
+            return StepHandle(plan, sampled, None)
         counts = [self._logprob_counts[row.slot] if row.samples else -1 for row in plan.rows]
         if max(counts) < 0:
             return StepHandle(plan, sampled, None)
@@ -125,8 +131,8 @@ class ModelRunner:
         """Drops every reference to device memory."""
         del self._params, self._single_row_params, self._caches, self._slots, self._programs
 
-    def _run(self, bucket: Bucket, rows: Any, page_updates: Any) -> Sampled:
-        self._caches, self._slots, sampled = self._programs.step(bucket)(
+    def _run(self, bucket: Bucket, rows: Any, page_updates: Any, *, greedy: bool) -> Sampled:
+        self._caches, self._slots, sampled = self._programs.step(bucket, greedy=greedy)(
             self._params_of(bucket), self._caches, self._slots, rows, page_updates
         )
         return sampled
@@ -134,14 +140,15 @@ class ModelRunner:
     def _params_of(self, bucket: Bucket) -> Params:
         return self._single_row_params if bucket.tokens == 1 else self._params
 
-    def _run_empty(self, bucket: Bucket) -> None:
+    def _run_empty(self, bucket: Bucket, *, greedy: bool) -> None:
         batch = self.prepare(StepPlan(step=0, rows=(), bucket=bucket))
-        np.asarray(self._run(bucket, batch.rows, batch.page_updates).token_ids)
+        np.asarray(self._run(bucket, batch.rows, batch.page_updates, greedy=greedy).token_ids)
 
     def _admit(self, admissions: list[Admission]) -> None:
         for admission in admissions:
             wanted = admission.params.logprobs
             self._logprob_counts[admission.slot] = -1 if wanted is None else wanted
+            self._is_greedy[admission.slot] = is_greedy(admission.params)
         resolved = self._resolved
         while admissions:
             size = next((s for s in self._admission_sizes if s >= len(admissions)), self._admission_sizes[-1])
@@ -157,9 +164,9 @@ class ModelRunner:
 
 
 def _empty_caches(resolved: ResolvedConfig, num_layers: int, placement: Placement) -> Caches:
-    sharding = placement.sharding(KV_CACHE_AXES)
-    shape, dtype = resolved.layout.shape(resolved.num_pages), resolved.layout.dtype
-    make = jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=sharding)
+    shapes = cache_shapes(resolved.layout, resolved.num_pages, placement)
+    shardings = jax.tree.map(lambda array: array.sharding, shapes)
+    make = jax.jit(lambda: jax.tree.map(jnp.zeros_like, shapes), out_shardings=shardings)
     return tuple(make() for _ in range(num_layers))
 
 

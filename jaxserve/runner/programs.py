@@ -6,6 +6,7 @@ silent compilation.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -24,10 +25,15 @@ from jaxserve.runner.slots import SlotState, write_rows
 from jaxserve.runner.step import Caches, make_step
 
 Compiled = Callable[..., Any]
+type _Key = tuple[Bucket, bool] | int
 
 
 class Programs:
-    """The compiled steps, one a bucket, and the compiled admissions, one a size."""
+    """The compiled steps of each bucket, and the compiled admissions, one a size.
+
+    Attributes:
+        kinds: which programs a bucket has: False, for any step, and perhaps True, for greedy ones.
+    """
 
     def __init__(
         self,
@@ -40,19 +46,22 @@ class Programs:
         params_of: Callable[[Bucket], Params],
         caches: Caches,
         slots: SlotState,
+        branches_on_host: bool,
         on_compiled: Callable[[], object],
     ) -> None:
         replicated = placement.sharding()
-        jobs: dict[Bucket | int, Callable[[], jax.stages.Lowered]] = {}
-        for bucket in buckets:
+        jobs: dict[_Key, Callable[[], jax.stages.Lowered]] = {}
+        # Where a branch makes the host wait for the device, steps that need none get programs without any.
+        self.kinds = (False, True) if branches_on_host else (False,)
+        for bucket, greedy in itertools.product(buckets, self.kinds):
             step = jax.jit(
-                make_step(module, bucket, placement, implementation),
+                make_step(module, bucket, placement, implementation, greedy=greedy),
                 donate_argnums=(1, 2),
-                out_shardings=(tuple(cache.sharding for cache in caches), replicated, replicated),
+                out_shardings=(jax.tree.map(lambda array: array.sharding, caches), replicated, replicated),
             )
             rows = jax.ShapeDtypeStruct((NUM_ROW_FIELDS, bucket.rows), jnp.int32, sharding=replicated)
             pages = jax.ShapeDtypeStruct((NUM_PAGE_FIELDS, bucket.rows), jnp.int32, sharding=replicated)
-            jobs[bucket] = _job(step, params_of(bucket), caches, slots, rows, pages)
+            jobs[bucket, greedy] = _job(step, params_of(bucket), caches, slots, rows, pages)
         write = jax.jit(write_rows, donate_argnums=0, out_shardings=replicated)
         for size in admission_sizes:
             index = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=replicated)
@@ -63,18 +72,20 @@ class Programs:
             jobs[size] = _job(write, slots, index, new)
         self._compiled = _compile_all(jobs, on_compiled)
 
-    def step(self, bucket: Bucket) -> Compiled:
-        """The program of a bucket."""
-        return self._compiled[bucket]
+    def step(self, bucket: Bucket, *, greedy: bool = False) -> Compiled:
+        """The program of a bucket, for steps whose rows are all greedy if it says so."""
+        return self._compiled[bucket, greedy and True in self.kinds]
 
     def admit(self, size: int) -> Compiled:
         """The program that writes ``size`` rows into the slots."""
         return self._compiled[size]
 
 
-def count_programs(buckets: Iterable[Bucket], admission_sizes: Iterable[int]) -> int:
+def count_programs(
+    buckets: Iterable[Bucket], admission_sizes: Iterable[int], *, branches_on_host: bool
+) -> int:
     """How many programs `Programs` compiles, for a progress bar."""
-    return len(set(buckets)) + len(set(admission_sizes))
+    return len(set(buckets)) * (2 if branches_on_host else 1) + len(set(admission_sizes))
 
 
 def _job(function: Any, *args: Any) -> Callable[[], jax.stages.Lowered]:
@@ -82,8 +93,8 @@ def _job(function: Any, *args: Any) -> Callable[[], jax.stages.Lowered]:
 
 
 def _compile_all(
-    jobs: dict[Bucket | int, Callable[[], jax.stages.Lowered]], on_compiled: Callable[[], object]
-) -> dict[Bucket | int, Compiled]:
+    jobs: dict[_Key, Callable[[], jax.stages.Lowered]], on_compiled: Callable[[], object]
+) -> dict[_Key, Compiled]:
     """Traces one after the other (Python), compiles side by side (XLA releases the interpreter)."""
 
     def compile_one(lowered: jax.stages.Lowered) -> Compiled:

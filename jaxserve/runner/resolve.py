@@ -18,13 +18,16 @@ from jaxserve.platforms import Platform
 
 _LOG = logging.getLogger(__name__)
 
+# ``kv_cache_dtype`` -> dtype; all else is the model's.
+KV_DTYPES = {"int8": "int8", "fp8": "float8_e4m3fn"}
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ResolvedConfig:
     """What the engine is really built from; nothing in it is open.
 
     Attributes:
-        dtype: of weights, activations and KV.
+        dtype: of weights and activations.
         max_model_len: prompt plus output tokens of one request.
         num_slots: requests that run at once.
         num_pages: KV pages, the null page included.
@@ -48,7 +51,7 @@ class ResolvedConfig:
 
 
 def resolve_dtype(config: EngineConfig, platform: Platform) -> str:
-    """The precision of weights, activations and KV."""
+    """The precision of weights and activations."""
     return platform.default_dtype if config.model.dtype == "auto" else config.model.dtype
 
 
@@ -59,14 +62,15 @@ def resolve(config: EngineConfig, platform: Platform, model: DecoderConfig, mesh
         ConfigError: for sizes that contradict each other, or do not fit in memory.
     """
     dtype = resolve_dtype(config, platform)
+    kv_dtype = KV_DTYPES.get(config.cache.kv_cache_dtype, dtype)
     num_slots = config.scheduler.max_num_seqs or platform.default_max_num_seqs
     ladder = _ladder(config, platform, num_slots)
     layout = KVLayout(
         config.cache.page_size or platform.default_page_size,
         model.num_kv_heads,
         model.head_dim,
-        jnp.dtype(dtype),
-        is_packed=platform.packs_kv(model.num_kv_heads // mesh.size, model.head_dim, dtype),
+        jnp.dtype(kv_dtype),
+        is_packed=platform.packs_kv(model.num_kv_heads // mesh.size, model.head_dim, kv_dtype),
     )
     wanted_len = config.model.max_model_len or model.max_position_embeddings
     if wanted_len > model.max_position_embeddings:
@@ -97,12 +101,13 @@ def resolve(config: EngineConfig, platform: Platform, model: DecoderConfig, mesh
         watermark_pages=int(config.cache.watermark * num_pages),
     )
     _LOG.info(
-        "%s on %s x %d: %d slots, %d pages of %d tokens (%.2f GiB), context %d, rows %s, mixed tokens %s",
+        "%s on %s x %d: %d slots, %d %s pages of %d tokens (%.2f GiB), context %d, rows %s, mixed tokens %s",
         dtype,
         platform.name,
         mesh.size,
         num_slots,
         num_pages,
+        layout.dtype,
         layout.page_size,
         num_pages * page_bytes * mesh.size / 2**30,
         max_model_len,

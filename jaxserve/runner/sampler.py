@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxserve.core.plan import Admission
+from jaxserve.request import SamplingParams
 from jaxserve.validation import MAX_LOGIT_BIAS_ENTRIES, MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
 
 # The request's own stop tokens and the model's end tokens.
@@ -168,6 +169,30 @@ def sample(logits: jax.Array, state: SamplingState, tokens: jax.Array, num_token
         lambda: _empty_report(logits.shape[0], num_top),
     )
     return Sampled(token_ids, chosen_logprob, rank, top_ids, top_logprobs, finite)
+
+
+def take_best(logits: jax.Array) -> Sampled:
+    """What `sample` gives where every row `is_greedy`, with no branch in it.
+
+    Args:
+        logits: float32 [R, V].
+    """
+    finite = jnp.all(jnp.isfinite(logits), axis=-1)
+    token_ids = jnp.where(finite, _argmax(logits), 0)
+    report = _empty_report(logits.shape[0], min(MAX_LOGPROBS, logits.shape[1]))
+    return Sampled(token_ids, *report, finite)
+
+
+def is_greedy(params: SamplingParams) -> bool:
+    """Whether a request always takes the best token of the model's own logits and asks for nothing else."""
+    edits = (
+        params.repetition_penalty != 1.0
+        or params.presence_penalty != 0.0
+        or params.frequency_penalty != 0.0
+        or params.min_tokens > 0
+        or bool(params.logit_bias)
+    )
+    return params.temperature <= 0.0 and params.logprobs is None and not edits
 
 
 def _argmax(logits: jax.Array) -> jax.Array:

@@ -15,27 +15,37 @@ from jaxserve.models.config import AttentionOptions
 from jaxserve.models.decoder import Decoder
 from jaxserve.models.layers.attention import AttendFn
 from jaxserve.models.params import Params, bind
-from jaxserve.models.sharding import HEADS_AXES, KV_CACHE_AXES, Placement
+from jaxserve.models.sharding import HEADS_AXES, Placement
+from jaxserve.pallas_kernels.layout import KVPages
 from jaxserve.pallas_kernels.ragged_paged_attention.api import (
     AttentionMetadata,
     Implementation,
     ragged_paged_attention,
 )
 from jaxserve.pallas_kernels.ragged_paged_attention.metadata import token_places
-from jaxserve.runner.sampler import Sampled, sample
+from jaxserve.runner.kv_cache import cache_specs
+from jaxserve.runner.sampler import Sampled, sample, take_best
 from jaxserve.runner.slots import SlotState, take, take_sampling, update_pages, write_sampled
 
-Caches = tuple[jax.Array, ...]
+Caches = tuple[KVPages, ...]
 StepFn = Callable[[Params, Caches, SlotState, jax.Array, jax.Array], tuple[Caches, SlotState, Sampled]]
 
 
 def make_step(
-    module: Decoder, bucket: Bucket, placement: Placement, implementation: Implementation
+    module: Decoder,
+    bucket: Bucket,
+    placement: Placement,
+    implementation: Implementation,
+    *,
+    greedy: bool = False,
 ) -> StepFn:
     """The function that `Programs` compiles for a bucket; caches and slots are donated.
 
-    Its arguments: parameters, one KV cache a layer, slots, ``StepBatch.rows`` int32 [4, R] and
+    Its arguments: parameters, one `KVPages` a layer, slots, ``StepBatch.rows`` int32 [4, R] and
     ``StepBatch.page_updates`` int32 [3, R]. It returns caches, slots, and what was sampled per row.
+
+    Args:
+        greedy: for steps of which every row `is_greedy`.
     """
 
     def step(
@@ -52,15 +62,18 @@ def make_step(
             cu_q_lens=jnp.concatenate([jnp.zeros(1, jnp.int32), ends]),
             max_q_len=1 if bucket.is_decode else bucket.tokens,
         )
-        places = token_places(metadata, bucket.tokens, caches[0].shape)
+        places = token_places(metadata, bucket.tokens, caches[0].layout.page_size)
         positions = jnp.maximum(places.position, 0)
         token_ids = slots.tokens.at[slot[places.row], positions].get(mode="fill", fill_value=0)
-        attend = _make_attend(metadata, placement, implementation)
+        attend = _make_attend(metadata, cache_specs(caches[0], placement), placement, implementation)
         hidden, caches = model(token_ids, positions, caches, attend)
         logits = model.logits(hidden[jnp.maximum(ends - 1, 0)])
         # Rows that do not sample have no position, and so cost nothing in the sampler.
         position = jnp.where(samples, end, 0)
-        sampled = sample(logits, take_sampling(slots.sampling, slot), take(slots.tokens, slot), position)
+        if greedy:
+            sampled = take_best(logits)
+        else:
+            sampled = sample(logits, take_sampling(slots.sampling, slot), take(slots.tokens, slot), position)
         tokens = write_sampled(slots.tokens, slot, end, sampled.token_ids, samples)
         # One array to read per step: a row whose logits were not finite reports a negative id.
         sampled = sampled._replace(token_ids=jnp.where(sampled.finite, sampled.token_ids, -1))
@@ -70,10 +83,10 @@ def make_step(
 
 
 def _make_attend(
-    metadata: AttentionMetadata, placement: Placement, implementation: Implementation
-) -> AttendFn:
+    metadata: AttentionMetadata, cache: KVPages, placement: Placement, implementation: Implementation
+) -> AttendFn[KVPages]:
     """Attention over the mesh: heads are independent, so each device attends with its own, and none talks."""
-    heads, pages, whole = placement.spec(HEADS_AXES), placement.spec(KV_CACHE_AXES), placement.spec()
+    heads, whole = placement.spec(HEADS_AXES), placement.spec()
 
     @functools.cache  # traced once, not once a layer: layers differ in their options only
     def kernel(scale: float, sliding_window: int | None, soft_cap: float | None) -> Callable[..., Any]:
@@ -88,15 +101,15 @@ def _make_attend(
         sharded = jax.shard_map(
             attention,
             mesh=placement.mesh,
-            in_specs=(heads, heads, heads, pages, whole),
-            out_specs=(heads, pages),
+            in_specs=(heads, heads, heads, cache, whole),
+            out_specs=(heads, cache),
             check_vma=False,
         )
         return jax.jit(sharded, inline=True)
 
     def attend(
-        q: jax.Array, k: jax.Array, v: jax.Array, kv_cache: jax.Array, options: AttentionOptions
-    ) -> tuple[jax.Array, jax.Array]:
+        q: jax.Array, k: jax.Array, v: jax.Array, kv_cache: KVPages, options: AttentionOptions
+    ) -> tuple[jax.Array, KVPages]:
         attention = kernel(options.scale, options.sliding_window, options.soft_cap)
         return attention(q, k, v, kv_cache, metadata)
 

@@ -15,12 +15,12 @@ from jaxserve.models.layers.rope import apply_rope
 from jaxserve.models.params import declare
 
 
-class AttendFn(Protocol):
-    """Writes new keys and values to a layer's cache and attends over what the cache then holds."""
+class AttendFn[Cache](Protocol):
+    """Writes new keys and values to a layer's cache, whatever that is, and attends over what it then holds."""
 
     def __call__(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, kv_cache: jax.Array, options: AttentionOptions
-    ) -> tuple[jax.Array, jax.Array]:
+        self, q: jax.Array, k: jax.Array, v: jax.Array, kv_cache: Cache, options: AttentionOptions
+    ) -> tuple[jax.Array, Cache]:
         """Attends.
 
         Args:
@@ -73,9 +73,9 @@ class Attention(nnx.Module):
             return None
         return RmsNorm(config.head_dim, dtype, eps=config.norm_eps, plus_one=config.norm_plus_one)
 
-    def __call__(
-        self, x: jax.Array, rope: tuple[jax.Array, jax.Array], kv_cache: jax.Array, attend: AttendFn
-    ) -> tuple[jax.Array, jax.Array]:
+    def __call__[Cache](
+        self, x: jax.Array, rope: tuple[jax.Array, jax.Array], kv_cache: Cache, attend: AttendFn[Cache]
+    ) -> tuple[jax.Array, Cache]:
         """[T, D] -> [T, D] and the updated cache."""
         bias = None if self.qkv_bias is None else self.qkv_bias[...]
         qkv = linear(x, self.qkv[...], bias).astype(x.dtype)  # [T, Hkv, g + 2, hd]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from jaxserve.pallas_kernels.dispatch import AUTO, Operation
-from jaxserve.pallas_kernels.layout import KVLayout, unpacked
+from jaxserve.pallas_kernels.layout import KVPages
 from jaxserve.pallas_kernels.ragged_paged_attention.metadata import AttentionMetadata as AttentionMetadata
 from jaxserve.pallas_kernels.ragged_paged_attention.variant import AttentionVariant
 
@@ -28,11 +29,11 @@ RAGGED_PAGED_ATTENTION = Operation(
 )
 
 
-def ragged_paged_attention(
+def ragged_paged_attention[Cache: (jax.Array, KVPages)](
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    kv_pages: jax.Array,
+    kv_pages: Cache,
     metadata: AttentionMetadata,
     *,
     scale: float,
@@ -40,7 +41,7 @@ def ragged_paged_attention(
     soft_cap: float | None = None,
     implementation: Implementation = AUTO,
     platform: str | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, Cache]:
     """Writes a step's keys and values into their pages, then attends causally over each row's whole context.
 
     Rows may hold one token (decode) or many (a chunk of a prompt, which may continue a context). Softmax and
@@ -50,9 +51,9 @@ def ragged_paged_attention(
         q: ``[tokens, q_heads, head_dim]``, rotary embedding applied.
         k: ``[tokens, kv_heads, head_dim]``, rotary embedding applied.
         v: ``[tokens, kv_heads, head_dim]``.
-        kv_pages: ``[num_pages, page_size, 2 * kv_heads, head_dim]``, or packed (`KVLayout`); it is returned
-            as it came. Written in place if the caller's jit donates it. Pages that no row owns, and page 0,
-            may hold anything, NaN included.
+        kv_pages: one layer's cache, `KVPages`; of 16 or 32 bits also its bare array, ``[num_pages, page_size,
+            2 * kv_heads, head_dim]`` or packed (`KVLayout`). It is returned as it came. Written in place if
+            the caller's jit donates it. Pages that no row owns, and page 0, may hold anything, NaN included.
         metadata: which token belongs to which row, and where each row's pages are. Page ids and lengths are
             trusted: the caller checked them on the host.
         scale: multiplies the scores.
@@ -71,34 +72,32 @@ def ragged_paged_attention(
         NotImplementedError: if the named implementation does not take this input.
         NoImplementationError: if none of the platform's does.
     """
-    stored = kv_pages.shape
-    kv_pages = unpacked(kv_pages, q.shape[-1]) if len(stored) == 4 else kv_pages
-    _check_arrays(q, k, v, kv_pages)
+    cache = kv_pages if isinstance(kv_pages, KVPages) else KVPages(kv_pages, None, q.shape[-1])
+    _check_arrays(q, k, v, cache)
     _check_metadata(metadata, num_tokens=q.shape[0])
-    out, kv_pages = RAGGED_PAGED_ATTENTION(
+    out, written = RAGGED_PAGED_ATTENTION(
         q,
         k,
         v,
-        kv_pages,
+        cache.unpacked(),
         metadata,
         AttentionVariant(scale=scale, sliding_window=sliding_window, soft_cap=soft_cap),
         implementation=implementation,
         platform=jax.default_backend() if platform is None else platform,
     )
-    return out, kv_pages.reshape(stored)
+    data = written.data.reshape(cache.data.shape)
+    return out, dataclasses.replace(written, data=data) if isinstance(kv_pages, KVPages) else data
 
 
-def _check_arrays(q: jax.Array, k: jax.Array, v: jax.Array, kv_pages: jax.Array) -> None:
+def _check_arrays(q: jax.Array, k: jax.Array, v: jax.Array, kv_pages: KVPages) -> None:
     for name, array in (("q", q), ("k", k), ("v", v)):
         if array.ndim != 3 or 0 in array.shape:
             raise ValueError(
                 f"{name} has shape {array.shape}: must be [tokens, heads, head_dim], none of them 0"
             )
-        if not jnp.issubdtype(array.dtype, jnp.floating) or array.dtype.itemsize > 4:
+        if not jnp.issubdtype(array.dtype, jnp.floating) or array.dtype.itemsize not in (2, 4):
             raise ValueError(f"{name} is {array.dtype}: must be float32, bfloat16 or float16")
-    layout = KVLayout.of(kv_pages)
-    if not jnp.issubdtype(layout.dtype, jnp.floating):
-        raise ValueError(f"kv_pages is {layout.dtype}: must be a floating-point type")
+    layout = kv_pages.layout
     tokens, q_heads, head_dim = q.shape
     expected = (tokens, layout.num_kv_heads, head_dim)
     for name, array in (("k", k), ("v", v)):

@@ -44,9 +44,8 @@ class TokenPlaces(NamedTuple):
     offset: jax.Array
 
 
-def token_places(metadata: AttentionMetadata, num_tokens: int, kv_shape: tuple[int, ...]) -> TokenPlaces:
+def token_places(metadata: AttentionMetadata, num_tokens: int, page_size: int) -> TokenPlaces:
     """Looks up the row, position, page and offset of every flattened token of a step."""
-    page_size = kv_shape[1]
     token = jnp.arange(num_tokens, dtype=jnp.int32)
     starts, ends = metadata.cu_q_lens[:-1], metadata.cu_q_lens[1:]
     row = jnp.sum(token[:, None] >= ends[None, :], axis=1, dtype=jnp.int32)

@@ -8,6 +8,7 @@ cache in the same way.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -15,10 +16,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxserve.pallas_kernels.layout import KVLayout, interleave
+from jaxserve.pallas_kernels.layout import KVLayout, KVPages, encode
 from jaxserve.pallas_kernels.ragged_paged_attention.metadata import AttentionMetadata, token_places
 from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_tpu_blocks import VMEM_LIMIT_BYTES, choose_blocks
 from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_tpu_kernel import kernel
+from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_tpu_scales import ScalePages, merge_scales
 from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_tpu_types import LANES, KernelConfig
 from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_tpu_work import WorkList, make_work
 from jaxserve.pallas_kernels.ragged_paged_attention.variant import AttentionVariant
@@ -28,16 +30,17 @@ NAME = "ragged_paged_attention_tpu"
 # Half of the scalar memory that a core has: the rest is the compiler's.
 _SMEM_BYTES = 512 * 2**10
 _DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))
+_KV_DTYPES = (*_DTYPES, jnp.dtype(jnp.int8), jnp.dtype(jnp.float8_e4m3fn))
 
 
 def ragged_paged_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    kv_pages: jax.Array,
+    kv_pages: KVPages,
     metadata: AttentionMetadata,
     variant: AttentionVariant,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, KVPages]:
     """See `jaxserve.pallas_kernels.ragged_paged_attention.api.ragged_paged_attention`.
 
     A cache with heads of 64 elements is best stored packed (`KVLayout.is_packed`): otherwise XLA copies it.
@@ -47,7 +50,7 @@ def ragged_paged_attention(
             of bfloat16 heads of 64, page tables that do not fit in scalar memory, and blocks that do not fit
             in vector memory.
     """
-    layout = KVLayout.of(kv_pages)
+    layout = kv_pages.layout
     _check(q, layout, metadata)
     num_tokens, q_heads, head_dim = q.shape
     words = 4 // q.dtype.itemsize
@@ -70,13 +73,19 @@ def ragged_paged_attention(
         cores=blocks.cores,
         items_per_core=work.row.shape[0] // blocks.cores,
     )
-    rows = (config.rows_per_token, config.width)
-    new_kv = interleave(k, v).astype(layout.dtype).reshape(num_tokens, *rows)
-    pages = kv_pages.reshape(*kv_pages.shape[:2], *rows)
-    out, pages = _call(config, work, metadata, _pack_queries(q, config, words), new_kv, pages)
+    cache = {"pages": kv_pages.data.reshape(-1, layout.page_size, config.rows_per_token, config.width)}
+    elements, new_scales = encode(k, v, layout.dtype)
+    merged = None
+    if kv_pages.scales is not None and new_scales is not None:
+        cache["scales"] = kv_pages.scales
+        merged = merge_scales(kv_pages.scales, new_scales, metadata)
+    new_kv = elements.reshape(num_tokens, config.rows_per_token, config.width)
+    out, cache = _call(config, work, metadata, _pack_queries(q, config, words), new_kv, merged, cache)
     out = _unpack_output(out, config, q.shape)
-    is_real = token_places(metadata, num_tokens, kv_pages.shape).position >= 0
-    return jnp.where(is_real[:, None, None], out, 0), pages.reshape(kv_pages.shape)
+    is_real = token_places(metadata, num_tokens, layout.page_size).position >= 0
+    data = cache["pages"].reshape(kv_pages.data.shape)
+    written = dataclasses.replace(kv_pages, data=data, scales=cache.get("scales"))
+    return jnp.where(is_real[:, None, None], out, 0), written
 
 
 def can_pack(num_kv_heads: int, head_dim: int, dtype: jnp.dtype) -> bool:
@@ -85,9 +94,10 @@ def can_pack(num_kv_heads: int, head_dim: int, dtype: jnp.dtype) -> bool:
 
 
 def _check(q: jax.Array, layout: KVLayout, metadata: AttentionMetadata) -> None:
-    for name, dtype in (("q", q.dtype), ("kv_pages", layout.dtype)):
-        if dtype not in _DTYPES:
-            raise NotImplementedError(f"{name} is {dtype}: needs bfloat16 or float32")
+    if q.dtype not in _DTYPES:
+        raise NotImplementedError(f"q is {q.dtype}: needs bfloat16 or float32")
+    if layout.dtype not in _KV_DTYPES:
+        raise NotImplementedError(f"kv_pages is {layout.dtype}: needs {', '.join(map(str, _KV_DTYPES))}")
     if not (64 <= layout.head_dim <= LANES or layout.head_dim == 2 * LANES):
         raise NotImplementedError(f"head_dim={layout.head_dim}: needs 64 to 128, or 256")
     if 2 * layout.head_dim == LANES and not can_pack(layout.num_kv_heads, layout.head_dim, layout.dtype):
@@ -128,43 +138,66 @@ def _call(
     metadata: AttentionMetadata,
     q: jax.Array,
     new_kv: jax.Array,
-    pages: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    scalars = (*work, metadata.page_table.reshape(-1), metadata.kv_lens, metadata.cu_q_lens)
+    new_scales: ScalePages | None,
+    cache: dict[str, jax.Array],
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The output as in `Refs.out`, and the arrays of the cache, which are written in place."""
+    scalars = {
+        "item_row": work.row,
+        "item_first": work.first,
+        "num_items": work.count,
+        "page_table": metadata.page_table.reshape(-1),
+        "kv_lens": metadata.kv_lens,
+        "cu_q_lens": metadata.cu_q_lens,
+    }
+    inputs = {"q": q, "new_kv": new_kv}
     rows = config.q_tokens * config.group
     queries = (config.kv_heads, config.q_tokens, *q.shape[2:])
-    keys = pltpu.VMEM(
-        (config.kv_heads, config.kv_tokens, config.width), jnp.promote_types(q.dtype, pages.dtype)
-    )
+    pages = cache["pages"]
+    product_dtype = q.dtype if config.has_scales else jnp.promote_types(q.dtype, pages.dtype)
+    keys = pltpu.VMEM((config.kv_heads, config.kv_tokens, config.width), product_dtype)
     statistic = pltpu.VMEM((config.kv_heads, rows, LANES), jnp.float32)
+    scratch = {
+        "kv_ring": pltpu.VMEM((config.depth, config.kv_pages, *pages.shape[1:]), pages.dtype),
+        "q_ring": pltpu.VMEM((config.depth, *queries), q.dtype),
+        "out_ring": pltpu.VMEM((2, *queries), q.dtype),
+        "keys": keys,
+        "values": keys,
+        "best": statistic,
+        "total": statistic,
+        "acc": pltpu.VMEM((config.kv_heads, rows, config.width), jnp.float32),
+        "kv_sems": pltpu.SemaphoreType.DMA((config.depth,)),
+        "q_sems": pltpu.SemaphoreType.DMA((config.depth,)),
+        "out_sems": pltpu.SemaphoreType.DMA((2,)),
+        "write_sem": pltpu.SemaphoreType.DMA,
+    }
+    if new_scales is not None:
+        scalars["first_scales"], inputs["new_scales"] = new_scales
+        ring = (config.depth, config.kv_pages, *new_scales.pages.shape[1:])
+        scratch["scale_ring"] = pltpu.VMEM(ring, jnp.float32)
     # XLA may keep what is small near the core; the cache stays where it is, however small.
     anywhere, in_hbm = pl.BlockSpec(memory_space=pl.ANY), pl.BlockSpec(memory_space=pltpu.HBM)
-    return pl.pallas_call(
-        functools.partial(kernel, config=config),
+    out, *written = pl.pallas_call(
+        functools.partial(
+            kernel,
+            names=(*scalars, *inputs, *(f"{name}_in" for name in cache), "out", *cache, *scratch),
+            config=config,
+        ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
-            in_specs=[anywhere, anywhere, in_hbm],
-            out_specs=[anywhere, in_hbm],
+            in_specs=[*[anywhere] * len(inputs), *[in_hbm] * len(cache)],
+            out_specs=[anywhere, *[in_hbm] * len(cache)],
             grid=(config.cores,),
-            scratch_shapes=(
-                pltpu.VMEM((config.depth, config.kv_pages, *pages.shape[1:]), pages.dtype),
-                pltpu.VMEM((config.depth, *queries), q.dtype),
-                pltpu.VMEM((2, *queries), q.dtype),
-                keys,
-                keys,
-                statistic,
-                statistic,
-                pltpu.VMEM((config.kv_heads, rows, config.width), jnp.float32),
-                pltpu.SemaphoreType.DMA((config.depth,)),
-                pltpu.SemaphoreType.DMA((config.depth,)),
-                pltpu.SemaphoreType.DMA((2,)),
-                pltpu.SemaphoreType.DMA,
-            ),
+            scratch_shapes=tuple(scratch.values()),
         ),
-        out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), pltpu.HBM(pages.shape, pages.dtype)],
-        input_output_aliases={len(scalars) + 2: 1},
+        out_shape=[
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            *(pltpu.HBM(array.shape, array.dtype) for array in cache.values()),
+        ],
+        input_output_aliases={len(scalars) + len(inputs) + i: 1 + i for i in range(len(cache))},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",), vmem_limit_bytes=VMEM_LIMIT_BYTES
         ),
         name=NAME,
-    )(*scalars, q, new_kv, pages)
+    )(*scalars.values(), *inputs.values(), *cache.values())
+    return out, dict(zip(cache, written, strict=True))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -86,12 +86,14 @@ def _attend_token(
     """
 
     def attend_heads(is_edge: bool) -> None:
-        exists = _exists(config, item, start) if is_edge else None
+        exists = _exists(item, start, (config.kv_tokens, config.width)) if is_edge else None
         seen = _seen(config, item.position - start, 1) if is_edge else None
         load = _loader(refs, config, kv_slot, exists)
         for head in range(config.kv_heads):
             keys, values = load(head)
-            _accumulate(refs, head, _scores(config, _queries(refs, q_slot, head, 1), keys, seen), values)
+            scales = _scales(refs, config, item, start, kv_slot, head, is_edge)
+            scores = _scores(config, _queries(refs, q_slot, head, 1), keys, seen, scales)
+            _accumulate(refs, head, scores, values, scales)
 
     _inside_or_on_the_edge(config, item, start, attend_heads)
 
@@ -100,7 +102,8 @@ def _attend_chunk(
     refs: Refs, config: KernelConfig, item: Item, start: jax.Array, q_slot: jax.Array, kv_slot: jax.Array
 ) -> None:
     """A query block over the block whose first key is at position ``start``; one head fills the machine."""
-    load = _loader(refs, config, kv_slot, _exists(config, item, start))
+    exists = _exists(item, start, (config.kv_tokens, config.width))
+    load = _loader(refs, config, kv_slot, exists)
     for head in range(config.kv_heads):
         refs.keys[head], refs.values[head] = load(head)
 
@@ -108,7 +111,9 @@ def _attend_chunk(
         def attend_head(head: Any, _: None) -> None:
             queries = _queries(refs, q_slot, head, config.q_tokens)
             seen = _seen(config, item.position - start, config.q_tokens) if is_edge else None
-            _accumulate(refs, head, _scores(config, queries, refs.keys[head], seen), refs.values[head])
+            scales = _scales(refs, config, item, start, kv_slot, head, is_edge)
+            scores = _scores(config, queries, refs.keys[head], seen, scales)
+            _accumulate(refs, head, scores, refs.values[head], scales)
 
         lax.fori_loop(0, config.kv_heads, attend_head, None)
 
@@ -135,9 +140,9 @@ def _queries(refs: Refs, slot: jax.Array, head: Any, num_tokens: int) -> jax.Arr
     return queries.astype(refs.keys.dtype)
 
 
-def _exists(config: KernelConfig, item: Item, start: jax.Array) -> jax.Array:
-    """Which keys of a block are the item's; the rest was left by other blocks. ``[keys, width]``"""
-    key = lax.broadcasted_iota(jnp.int32, (config.kv_tokens, config.width), 0)
+def _exists(item: Item, start: jax.Array, shape: tuple[int, ...], axis: int = 0) -> jax.Array:
+    """Which keys of a block, along an axis, are the item's; the rest was left by other blocks."""
+    key = lax.broadcasted_iota(jnp.int32, shape, axis)
     return (key >= item.first_key - start) & (key < item.end - start)
 
 
@@ -154,9 +159,47 @@ def _seen(config: KernelConfig, position: jax.Array, num_tokens: int) -> jax.Arr
     return seen
 
 
-def _scores(config: KernelConfig, queries: jax.Array, keys: jax.Array, seen: jax.Array | None) -> jax.Array:
+class Scales(NamedTuple):
+    """Of a head's keys and values in a block, each ``[1, kv_tokens]``."""
+
+    keys: jax.Array
+    values: jax.Array
+
+
+def _scales(
+    refs: Refs,
+    config: KernelConfig,
+    item: Item,
+    start: jax.Array,
+    slot: jax.Array,
+    head: Any,
+    is_edge: bool,
+) -> Scales | None:
+    """A head's scales, or None if the cache has none; those of values that are not the item's are zeros."""
+    if not config.has_scales:
+        return None
+
+    def load(index: Any) -> jax.Array:
+        pages = [refs.scale_ring[slot, page, pl.ds(index, 1)] for page in range(config.kv_pages)]
+        return pages[0] if len(pages) == 1 else jnp.concatenate(pages, axis=1)
+
+    values = load(2 * head + 1)
+    if is_edge:
+        values = jnp.where(_exists(item, start, values.shape, axis=1), values, 0.0)
+    return Scales(load(2 * head), values)
+
+
+def _scores(
+    config: KernelConfig,
+    queries: jax.Array,
+    keys: jax.Array,
+    seen: jax.Array | None,
+    scales: Scales | None,
+) -> jax.Array:
     """Scaled, capped and masked scores, times log2(e)."""
     scores = _product(queries, keys, contract_keys=1)
+    if scales is not None:
+        scores *= scales.keys
     if config.variant.soft_cap is None:
         scores *= config.variant.scale * _LOG2_E
     else:
@@ -166,7 +209,7 @@ def _scores(config: KernelConfig, queries: jax.Array, keys: jax.Array, seen: jax
     return scores if seen is None else jnp.where(seen, scores, _MASKED)
 
 
-def _accumulate(refs: Refs, head: Any, scores: jax.Array, values: jax.Array) -> None:
+def _accumulate(refs: Refs, head: Any, scores: jax.Array, values: jax.Array, scales: Scales | None) -> None:
     """One step of the online softmax."""
     rows, width = scores.shape[0], values.shape[1]
     best = refs.best[head, :rows]
@@ -176,6 +219,8 @@ def _accumulate(refs: Refs, head: Any, scores: jax.Array, values: jax.Array) -> 
     weights = jnp.exp2(scores - _across(new_best, scores.shape[1]))
     refs.best[head, :rows] = new_best
     refs.total[head, :rows] = refs.total[head, :rows] * decay + jnp.sum(weights, axis=1, keepdims=True)
+    if scales is not None:
+        weights *= scales.values
     added = _product(weights.astype(values.dtype), values, contract_keys=0)
     refs.acc[head, :rows] = refs.acc[head, :rows] * _across(decay, width) + added
 
@@ -184,20 +229,16 @@ def _loader(
     refs: Refs, config: KernelConfig, slot: jax.Array, exists: jax.Array | None
 ) -> Callable[[int], tuple[jax.Array, jax.Array]]:
     """Gives a head's keys and values ``[kv_tokens, width]``, zeros where ``exists`` (if given) is false."""
-    block, is_word = refs.kv_ring.at[slot], jnp.dtype(config.kv_dtype).itemsize == 4
+    block, rows_per_word = refs.kv_ring.at[slot], 4 // jnp.dtype(config.kv_dtype).itemsize
 
-    @functools.cache  # two rows of bfloat16 are loaded as one of words
+    @functools.cache  # two rows of bfloat16, or four of 8 bits, are loaded as one of words
     def load_words(index: int) -> jax.Array:
-        words = _words(block if is_word else block.bitcast(jnp.uint32), config, index)
+        words = _words(block if rows_per_word == 1 else block.bitcast(jnp.uint32), config, index)
         return words if exists is None else jnp.where(exists, words, jnp.zeros((), words.dtype))
 
     def load_row(row: int) -> jax.Array:
-        if is_word:
-            return load_words(row).astype(refs.keys.dtype)
-        # Even rows are the low halves of words, odd ones the high halves, as a bfloat16 is of a float32.
-        words = load_words(row // 2)
-        words = words & jnp.uint32(0xFFFF0000) if row % 2 else words << 16
-        return pltpu.bitcast(words, jnp.float32).astype(refs.keys.dtype)
+        words = load_words(row // rows_per_word)
+        return _part(words, config.kv_dtype, row % rows_per_word).astype(refs.keys.dtype)
 
     def load(head: int) -> tuple[jax.Array, jax.Array]:
         if config.is_packed:
@@ -206,6 +247,24 @@ def _loader(
         return load_row(2 * head), load_row(2 * head + 1)
 
     return load
+
+
+def _part(words: jax.Array, dtype: Any, index: int) -> jax.Array:
+    """One of the elements that a 32-bit word consists of, the lowest first, as float32."""
+    if dtype == jnp.float32:
+        return words
+    if dtype == jnp.bfloat16:  # the high half of a float32
+        words = words & jnp.uint32(0xFFFF0000) if index else words << 16
+        return pltpu.bitcast(words, jnp.float32)
+    top = pltpu.bitcast(words << (24 - 8 * index), jnp.int32)
+    if dtype == jnp.int8:
+        return (top >> 24).astype(jnp.float32)
+    # Of float8_e4m3fn no chip before TPU v7 knows: sign, exponent and mantissa go to their places in a float32,
+    # whose exponent then is 120 too low. What has exponent 0 is the mantissa times 2**-9.
+    bits = (top >> 4) & jnp.int32(0x07F00000)
+    raised = pltpu.bitcast(bits + jnp.int32(120 << 23), jnp.float32)
+    magnitude = jnp.where(bits < jnp.int32(8 << 20), (bits >> 20).astype(jnp.float32) * 2.0**-9, raised)
+    return jnp.where(top < 0, -magnitude, magnitude)
 
 
 def _words(block: Any, config: KernelConfig, index: int) -> jax.Array:

@@ -77,10 +77,14 @@ def scratch_bytes(layout: KVLayout, group: int, q_bytes: int, blocks: Blocks) ->
     rows = heads * max(blocks.q_tokens * group, 8)
     kv_rows = 2 * heads * kv_tokens * lanes
     kv_ring = blocks.depth * kv_rows * layout.dtype.itemsize
+    page_lanes = -(-layout.page_size // LANES) * LANES
+    scale_ring = (
+        4 * blocks.depth * blocks.kv_pages * max(2 * heads, 8) * page_lanes if layout.has_scales else 0
+    )
     queries_and_outputs = (blocks.depth + 2) * rows * lanes * q_bytes
     keys_and_values = kv_rows * max(q_bytes, layout.dtype.itemsize)
     accumulators = rows * (2 * LANES + lanes) * 4
-    return kv_ring + queries_and_outputs + keys_and_values + accumulators
+    return kv_ring + scale_ring + queries_and_outputs + keys_and_values + accumulators
 
 
 def _cores() -> int:

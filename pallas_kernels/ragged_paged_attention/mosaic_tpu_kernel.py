@@ -36,9 +36,9 @@ class Cursor(NamedTuple):
     end: jax.Array
 
 
-def kernel(*refs: Any, config: KernelConfig) -> None:
+def kernel(*refs: Any, names: tuple[str, ...], config: KernelConfig) -> None:
     """Writes the step's keys and values into their pages, then attends, item by item."""
-    run(Refs(*refs), config)
+    run(Refs(**dict(zip(names, refs, strict=True))), config)
 
 
 def run(refs: Refs, config: KernelConfig) -> None:
@@ -122,7 +122,11 @@ def _for_each_item(refs: Refs, config: KernelConfig, core: jax.Array, use: Any) 
 
         def write_item(index: jax.Array, _: None, owner: int = owner) -> None:
             item = _item(refs, config, index)
-            pl.when((core == owner) | (item.count > 1))(lambda: _for_each_run(refs, config, item, use))
+            is_needed = (core == owner) | (item.count > 1)
+            pl.when(is_needed)(lambda: _for_each_run(refs, config, item, use))
+            if config.has_scales:
+                is_first = item.token == refs.cu_q_lens[item.row]
+                pl.when(is_needed & is_first)(lambda: _for_each_scale_page(refs, config, item.row, use))
 
         begin = owner * config.items_per_core
         lax.fori_loop(begin, begin + refs.num_items[owner], write_item, None)
@@ -148,6 +152,23 @@ def _for_each_run(refs: Refs, config: KernelConfig, item: Item, use: Any) -> Non
         )
 
     lax.fori_loop(first_column, end_column, run_in_page, None)
+
+
+def _for_each_scale_page(refs: Refs, config: KernelConfig, row: jax.Array, use: Any) -> None:
+    """Copies the scales of every page that a row writes to, as `merge_scales` made them."""
+    position = refs.kv_lens[row] - (refs.cu_q_lens[row + 1] - refs.cu_q_lens[row])
+    first_column = lax.div(position, config.page_size)
+
+    def copy_page(column: jax.Array, _: None) -> None:
+        use(
+            pltpu.make_async_copy(
+                refs.new_scales.at[refs.first_scales[row] + column - first_column],
+                refs.scales.at[_page(refs, config, row, column)],
+                refs.write_sem,
+            )
+        )
+
+    lax.fori_loop(first_column, pl.cdiv(refs.kv_lens[row], config.page_size), copy_page, None)
 
 
 # --- copies of the ring ----------------------------------------------------------------------------------
@@ -196,9 +217,13 @@ def _for_each_page(
 
     def copy_page(column: jax.Array, _: None) -> None:
         count = jnp.minimum(item.end - column * config.page_size, config.page_size)
+        page = _page(refs, config, item.row, column)
+        if config.has_scales:
+            ring = refs.scale_ring.at[slot, column - first]
+            use(pltpu.make_async_copy(refs.scales.at[page], ring, refs.kv_sems.at[slot]))
         use(
             pltpu.make_async_copy(
-                refs.pages.at[_page(refs, config, item.row, column), pl.ds(0, count)],
+                refs.pages.at[page, pl.ds(0, count)],
                 refs.kv_ring.at[slot, column - first, pl.ds(0, count)],
                 refs.kv_sems.at[slot],
             )

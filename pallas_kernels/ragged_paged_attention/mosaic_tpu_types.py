@@ -26,7 +26,7 @@ class KernelConfig:
         width: elements of a row: of a head, or of its key and value side by side if ``is_packed``.
         is_packed: a head's key and value are one row. Queries then have zeros where the values are, and of
             the output the half with the values counts: a matrix unit is wide enough for both at no cost.
-        kv_dtype: of the cache; bfloat16 or float32.
+        kv_dtype: of the cache; bfloat16, float32, int8 or float8_e4m3fn.
         kv_pages: pages in a KV block.
         q_tokens: tokens in a query block; 1 in a pure decode step.
         depth: slots in the ring.
@@ -49,6 +49,11 @@ class KernelConfig:
     items_per_core: int
 
     @property
+    def has_scales(self) -> bool:
+        """Whether the cache has scales: it is 8-bit."""
+        return jnp.dtype(self.kv_dtype).itemsize == 1
+
+    @property
     def kv_tokens(self) -> int:
         """Tokens in a KV block."""
         return self.kv_pages * self.page_size
@@ -60,7 +65,7 @@ class KernelConfig:
 
     @property
     def words_per_token(self) -> int:
-        """The same in 32-bit rows: two of bfloat16 are one of those."""
+        """The same in 32-bit rows: two of bfloat16 are one of those, or four of 8 bits."""
         return self.rows_per_token * jnp.dtype(self.kv_dtype).itemsize // 4
 
     @property
@@ -77,7 +82,8 @@ class KernelConfig:
 class Refs(NamedTuple):
     """The kernel's arguments: scalars in SMEM, arrays in HBM, scratch in VMEM, semaphores.
 
-    ``words`` stands for the elements of a 32-bit word: 2 in bfloat16, 1 in float32.
+    ``words`` stands for the elements of a 32-bit word: 2 in bfloat16, 1 in float32. Those of scales are None
+    unless the cache has scales.
     """
 
     item_row: Any  # [cores * items_per_core]
@@ -103,6 +109,11 @@ class Refs(NamedTuple):
     q_sems: Any  # [depth]
     out_sems: Any  # [2]
     write_sem: Any
+    first_scales: Any = None  # [rows], as in `ScalePages`
+    new_scales: Any = None  # [n, 2 * kv_heads, page_size], as in `ScalePages`
+    scales_in: Any = None  # the same memory as `scales`
+    scales: Any = None  # [num_pages, 2 * kv_heads, page_size]
+    scale_ring: Any = None  # [depth, kv_pages, 2 * kv_heads, page_size]
 
 
 class Item(NamedTuple):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxserve.pallas_kernels.layout import interleave
+from jaxserve.pallas_kernels.layout import KVPages, encode
 from jaxserve.pallas_kernels.ragged_paged_attention.metadata import AttentionMetadata, token_places
 from jaxserve.pallas_kernels.ragged_paged_attention.variant import AttentionVariant
 
@@ -18,20 +18,26 @@ def ragged_paged_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    kv_pages: jax.Array,
+    kv_pages: KVPages,
     metadata: AttentionMetadata,
     variant: AttentionVariant,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, KVPages]:
     """See `jaxserve.pallas_kernels.ragged_paged_attention.api.ragged_paged_attention`."""
-    places = token_places(metadata, q.shape[0], kv_pages.shape)
-    kv_pages = kv_pages.at[places.page, places.offset].set(
-        interleave(k, v).astype(kv_pages.dtype), mode="drop"
-    )
+    layout = kv_pages.layout
+    places = token_places(metadata, q.shape[0], layout.page_size)
+    elements, new_scales = encode(k, v, layout.dtype)
+    data = kv_pages.data.at[places.page, places.offset].set(elements, mode="drop")
+    scales = kv_pages.scales
+    if scales is not None:
+        scales = scales.at[places.page, :, places.offset].set(new_scales, mode="drop")
     num_rows = metadata.kv_lens.shape[0]
     queries = q.astype(jnp.float32)
 
     def add_row(row: jax.Array, out: jax.Array) -> jax.Array:
-        context = kv_pages[metadata.page_table[row]].reshape(-1, *kv_pages.shape[2:]).astype(jnp.float32)
+        context = data[metadata.page_table[row]].reshape(-1, *data.shape[2:]).astype(jnp.float32)
+        if scales is not None:
+            scale = scales[metadata.page_table[row]].swapaxes(1, 2)
+            context *= scale.reshape(-1, data.shape[2], 1)
         positions = jnp.where(places.row == row, places.position, -1)
         key_position = jnp.arange(context.shape[0])
         needed = key_position < metadata.kv_lens[row]
@@ -43,7 +49,7 @@ def ragged_paged_attention(
         return jnp.where((positions >= 0)[:, None, None], attended, out)
 
     out = jax.lax.fori_loop(0, num_rows, add_row, jnp.zeros(q.shape, jnp.float32))
-    return out.astype(q.dtype), kv_pages
+    return out.astype(q.dtype), KVPages(data, scales, kv_pages.head_dim)
 
 
 def _dense_attention(

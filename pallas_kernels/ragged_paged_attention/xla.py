@@ -19,7 +19,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxserve.pallas_kernels.layout import interleave
+from jaxserve.pallas_kernels.layout import KVLayout, KVPages, encode
 from jaxserve.pallas_kernels.ragged_paged_attention.metadata import (
     AttentionMetadata,
     TokenPlaces,
@@ -53,13 +53,13 @@ def ragged_paged_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    kv_pages: jax.Array,
+    kv_pages: KVPages,
     metadata: AttentionMetadata,
     variant: AttentionVariant,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, KVPages]:
     """See `jaxserve.pallas_kernels.ragged_paged_attention.api.ragged_paged_attention`."""
-    places = token_places(metadata, q.shape[0], kv_pages.shape)
-    kv_pages = _write(kv_pages, interleave(k, v).astype(kv_pages.dtype), places)
+    places = token_places(metadata, q.shape[0], kv_pages.layout.page_size)
+    kv_pages = _write(kv_pages, k, v, places)
     if metadata.max_q_len == 1:
         blocks = _QueryBlocks(q[:, None], places.position[:, None], metadata.page_table[places.row])
         out = _attend(blocks, kv_pages, variant)[:, 0]
@@ -70,18 +70,27 @@ def ragged_paged_attention(
     return out, kv_pages
 
 
-def _write(kv_pages: jax.Array, new: jax.Array, places: TokenPlaces) -> jax.Array:
+def _write(kv_pages: KVPages, k: jax.Array, v: jax.Array, places: TokenPlaces) -> KVPages:
     """Puts each token's keys and values in its place, in place; padding lands in the null page."""
-    if new.shape[0] == 1:
+    data, scales = kv_pages.data, kv_pages.scales
+    elements, new_scales = encode(k, v, data.dtype)
+    if k.shape[0] == 1:
         # XLA:CPU expands a scatter of one row into a select over the whole pool. Of this it would make two
         # writes, one for the reader and one for the result, and so copy the pool: hence the barrier.
-        start = (places.page[0], places.offset[0], 0, 0)
-        return jax.lax.optimization_barrier(jax.lax.dynamic_update_slice(kv_pages, new[None], start))
-    return kv_pages.at[places.page, places.offset].set(new, mode="promise_in_bounds")
+        page, offset = places.page[0], places.offset[0]
+        data = jax.lax.dynamic_update_slice(data, elements[None], (page, offset, 0, 0))
+        if scales is not None and new_scales is not None:
+            scales = jax.lax.dynamic_update_slice(scales, new_scales[..., None], (page, 0, offset))
+        data, scales = jax.lax.optimization_barrier((data, scales))
+    else:
+        data = data.at[places.page, places.offset].set(elements, mode="promise_in_bounds")
+        if scales is not None and new_scales is not None:
+            scales = scales.at[places.page, :, places.offset].set(new_scales, mode="promise_in_bounds")
+    return KVPages(data, scales, kv_pages.head_dim)
 
 
 def _attend_single_tokens(
-    q: jax.Array, kv_pages: jax.Array, metadata: AttentionMetadata, variant: AttentionVariant
+    q: jax.Array, kv_pages: KVPages, metadata: AttentionMetadata, variant: AttentionVariant
 ) -> tuple[jax.Array, jax.Array]:
     """The rows of one token in a step that also has chunks.
 
@@ -99,7 +108,7 @@ def _attend_single_tokens(
 
 
 def _attend_chunks(
-    q: jax.Array, kv_pages: jax.Array, metadata: AttentionMetadata, variant: AttentionVariant
+    q: jax.Array, kv_pages: KVPages, metadata: AttentionMetadata, variant: AttentionVariant
 ) -> jax.Array:
     """The rows of more than one token, block after block; zeros for all other tokens, ``[tokens, ...]``."""
     num_tokens = q.shape[0]
@@ -129,14 +138,14 @@ def _attend_chunks(
     return out[:num_tokens]
 
 
-def _attend(blocks: _QueryBlocks, kv_pages: jax.Array, variant: AttentionVariant) -> jax.Array:
+def _attend(blocks: _QueryBlocks, kv_pages: KVPages, variant: AttentionVariant) -> jax.Array:
     """Walks query blocks over their contexts; like their queries, with zeros where there is no token."""
-    num_pages, page_size, doubled_heads, head_dim = kv_pages.shape
+    layout, num_pages = kv_pages.layout, kv_pages.data.shape[0]
+    page_size, kv_heads, head_dim = layout.page_size, layout.num_kv_heads, layout.head_dim
     num_blocks, size, q_heads, _ = blocks.queries.shape
-    kv_heads = doubled_heads // 2
     group = q_heads // kv_heads
-    dtype = jnp.promote_types(blocks.queries.dtype, kv_pages.dtype)
-    heads = kv_pages.reshape(num_pages, page_size, kv_heads, 2, head_dim)
+    dtype = _product_dtype(blocks.queries.dtype, layout)
+    heads = kv_pages.data.reshape(num_pages, page_size, kv_heads, 2, head_dim)
     # One product per kv head has all queries of its group: [blocks, kv_heads, group * block, head_dim].
     queries = blocks.queries.reshape(num_blocks, size, kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
     queries = queries.reshape(num_blocks, kv_heads, group * size, head_dim).astype(dtype)
@@ -154,6 +163,12 @@ def _attend(blocks: _QueryBlocks, kv_pages: jax.Array, variant: AttentionVariant
         fetched = heads.at[page_ids, :, :, which].get(mode="promise_in_bounds").transpose(0, 3, 1, 2, 4)
         return fetched.reshape(num_blocks, kv_heads, length, head_dim).astype(dtype)
 
+    def fetch_scales(scales: jax.Array, page_ids: jax.Array, which: int) -> jax.Array:
+        """Scales of keys (0) or values (1), ``[blocks, kv_heads, 1, length]``."""
+        scales = scales.reshape(num_pages, kv_heads, 2, page_size)
+        fetched = scales.at[page_ids, :, which].get(mode="promise_in_bounds").transpose(0, 2, 1, 3)
+        return fetched.reshape(num_blocks, kv_heads, 1, length)
+
     def walk(index: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
         best, total, acc = carry
         first_column = first_page[:, None] + index * num_columns
@@ -162,6 +177,8 @@ def _attend(blocks: _QueryBlocks, kv_pages: jax.Array, variant: AttentionVariant
         needed = (key_position >= first_seen[:, None]) & (key_position < end[:, None])
         values = jnp.where(needed[:, None, :, None], fetch(page_ids, 1), 0)  # 0 * NaN is NaN
         scores = _product("bhqd,bhkd->bhqk", queries, fetch(page_ids, 0)) * variant.scale
+        if kv_pages.scales is not None:  # on scores and weights: codes are multiplied as they are
+            scores *= fetch_scales(kv_pages.scales, page_ids, 0)
         if variant.soft_cap is not None:
             scores = variant.soft_cap * jnp.tanh(scores / variant.soft_cap)
         key_position = key_position[:, None, None, :]
@@ -173,6 +190,8 @@ def _attend(blocks: _QueryBlocks, kv_pages: jax.Array, variant: AttentionVariant
         decay = jnp.exp(best - new_best)
         weights = jnp.exp(scores - new_best)  # of a query that saw nothing yet: ones, which decay to 0 later
         total = total * decay + jnp.sum(weights, axis=-1, keepdims=True)
+        if kv_pages.scales is not None:
+            weights *= jnp.where(needed[:, None, None, :], fetch_scales(kv_pages.scales, page_ids, 1), 0.0)
         return new_best, total, acc * decay + _product("bhqk,bhkd->bhqd", weights.astype(dtype), values)
 
     pages = (end + page_size - 1) // page_size - first_page
@@ -183,6 +202,13 @@ def _attend(blocks: _QueryBlocks, kv_pages: jax.Array, variant: AttentionVariant
     out = jnp.where(positions >= 0, acc / total, 0.0)  # a query sees itself at least; a NaN must be noticed
     out = out.reshape(num_blocks, kv_heads, group, size, head_dim).transpose(0, 3, 1, 2, 4)
     return out.reshape(blocks.queries.shape).astype(blocks.queries.dtype)
+
+
+def _product_dtype(queries: jnp.dtype, layout: KVLayout) -> jnp.dtype:
+    """Of products: bfloat16 holds every code; float16 could not hold a small weight times a scale."""
+    if not layout.has_scales:
+        return jnp.promote_types(queries, layout.dtype)
+    return queries if queries == jnp.bfloat16 else jnp.dtype(jnp.float32)
 
 
 def _product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:

@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 
 from jaxserve import LLM, SamplingParams
+from jaxserve.core.plan import Bucket
 from jaxserve.errors import ConfigError, ValidationError
+from jaxserve.platforms.cpu import Cpu
 from jaxserve.runner.compile_counter import compile_counter
+from jaxserve.runner.programs import Programs
 from tests.support.byte_tokenizer import END_ID
 from tests.support.tiny_checkpoint import write_tiny_checkpoint
 
@@ -82,6 +85,31 @@ def test_alone_and_in_a_batch(llm: LLM, alone: list[list[int]]) -> None:
     assert alone[7] == [65] * 20, "a bias of 100 decides"
 
 
+def test_greedy_steps_may_have_programs_without_branches(
+    checkpoint: Path, alone: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: dict[bool, Any] = {}
+    step_of = Programs.step
+
+    def spy(self: Programs, bucket: Bucket, *, greedy: bool = False) -> Any:
+        used[greedy] = step_of(self, bucket, greedy=greedy)
+        return used[greedy]
+
+    monkeypatch.setattr(Cpu, "branches_on_host", True)
+    monkeypatch.setattr(Programs, "step", spy)
+    prompts, params = work()
+    with LLM(str(checkpoint), **OPTIONS | {"row_buckets": (6,)}) as llm:
+        compiles = compile_counter().count
+        used.clear()
+        assert llm.generate(prompts[:1], params[0], use_tqdm=False)[0].outputs[0].token_ids == alone[0]
+        assert set(used) == {True}
+        assert answers(llm) == alone
+        assert compile_counter().count == compiles
+    texts = {greedy: program.as_text() for greedy, program in used.items()}
+    assert " conditional(" in texts[False]
+    assert " conditional(" not in texts[True]
+
+
 def test_neighbours_change_nothing(llm: LLM, alone: list[list[int]]) -> None:
     prompts, params = work()
     rng = random.Random(1)
@@ -122,7 +150,7 @@ def test_configuration_changes_no_token(
         if "tensor_parallel_size" in change:
             assert len(llm.engine.description["device"]) > 0
             runner: Any = llm.engine.loop.core._executor
-            cache = runner._caches[0]
+            cache = runner._caches[0].data
             assert len(cache.sharding.device_set) == change["tensor_parallel_size"]
             assert (
                 cache.sharding.shard_shape(cache.shape)[2] == cache.shape[2] // change["tensor_parallel_size"]
@@ -146,9 +174,9 @@ def test_nothing_compiles_after_warmup(llm: LLM) -> None:
 
 def test_caches_stay_where_they_are(llm: LLM) -> None:
     runner: Any = llm.engine.loop.core._executor
-    before = [cache.unsafe_buffer_pointer() for cache in runner._caches]
+    before = [array.unsafe_buffer_pointer() for array in jax.tree.leaves(runner._caches)]
     llm.generate([[1] * 50, [2] * 3], SamplingParams(max_tokens=30, ignore_eos=True), use_tqdm=False)
-    assert [cache.unsafe_buffer_pointer() for cache in runner._caches] == before
+    assert [array.unsafe_buffer_pointer() for array in jax.tree.leaves(runner._caches)] == before
 
 
 def test_preempted_requests_continue_as_if_nothing_was(checkpoint: Path, llm: LLM) -> None:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxserve.pallas_kernels.dispatch import NoImplementationError, Operation
+from jaxserve.pallas_kernels.layout import KVPages
 from jaxserve.pallas_kernels.ragged_paged_attention.api import AttentionMetadata, ragged_paged_attention
 
 HERE = __name__
@@ -103,9 +104,13 @@ def arguments(**changes: Any) -> dict[str, Any]:
         ({"q": jnp.zeros((4, 5, 8))}, "q has 5 heads: must be a multiple of the 2 kv heads"),
         ({"k": jnp.zeros((4, 3, 8))}, r"k has shape \(4, 3, 8\): must be \(4, 2, 8\)"),
         ({"v": jnp.zeros((3, 2, 8))}, r"v has shape \(3, 2, 8\): must be \(4, 2, 8\)"),
-        ({"kv_pages": jnp.zeros((7, 16, 4, 24))}, "kv_pages holds heads of 24 elements: q has 8"),
+        ({"kv_pages": jnp.zeros((7, 16, 4, 24))}, r"kv_pages has shape \(7, 16, 4, 24\), for heads of 8 "),
+        (
+            {"kv_pages": KVPages(jnp.zeros((7, 16, 4, 24)), None, 24)},
+            "kv_pages holds heads of 24 elements: q has 8",
+        ),
         ({"kv_pages": jnp.zeros((7, 16, 32))}, "kv_pages has shape"),
-        ({"kv_pages": jnp.zeros((7, 16, 4, 8), jnp.int8)}, "kv_pages is int8"),
+        ({"kv_pages": jnp.zeros((7, 16, 4, 8), jnp.int8)}, "kv_pages is int8: must have scales"),
         ({"kv_lens": jnp.zeros(2)}, r"kv_lens is float32\[2\]: must be int32 with 1 axes"),
         ({"kv_lens": jnp.zeros(3, jnp.int32)}, "kv_lens says 3 rows, so 3 and 4"),
         ({"cu_q_lens": jnp.zeros(2, jnp.int32)}, "cu_q_lens 2 entries: kv_lens says 2 rows, so 2 and 3"),

@@ -7,7 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxserve.pallas_kernels.layout import KVLayout, gather_pages, interleave, scatter_pages, unpacked
+from jaxserve.pallas_kernels.layout import (
+    KVLayout,
+    KVPages,
+    encode,
+    gather_pages,
+    interleave,
+    scatter_pages,
+)
 
 
 def random_bits(shape: tuple[int, ...], seed: int) -> jax.Array:
@@ -23,7 +30,7 @@ def test_shape_and_size() -> None:
     layout = KVLayout(page_size=16, num_kv_heads=3, head_dim=64, dtype=jnp.dtype("bfloat16"))
     assert layout.shape(10) == (10, 16, 6, 64)
     assert layout.bytes_per_page() == 16 * 6 * 64 * 2
-    assert KVLayout.of(jnp.zeros(layout.shape(2), layout.dtype)) == layout
+    assert KVPages(jnp.zeros(layout.shape(2), layout.dtype), None, 64).layout == layout
 
 
 def test_packed_is_the_same_bytes_in_another_shape() -> None:
@@ -33,9 +40,67 @@ def test_packed_is_the_same_bytes_in_another_shape() -> None:
     assert packed.bytes_per_page() == plain.bytes_per_page()
     pages = random_bits(plain.shape(4), 0)
     stored = pages.reshape(packed.shape(4))
-    np.testing.assert_array_equal(bits(unpacked(stored, 64)), bits(pages))
+    cache = KVPages(stored, None, 64)
+    assert cache.layout == packed
+    np.testing.assert_array_equal(bits(cache.unpacked().data), bits(pages))
+    assert cache.unpacked().layout == plain
     np.testing.assert_array_equal(bits(stored)[..., :64], bits(pages)[:, :, 0::2])  # keys
-    assert unpacked(pages, 64) is pages
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_an_8_bit_page_has_a_scale_for_each_token_and_head(is_packed: bool) -> None:
+    layout = KVLayout(16, 3, 64, jnp.dtype("int8"), is_packed)
+    assert layout.bytes_per_page() == 16 * 6 * (64 + 4)
+    shapes = layout.shapes(5)
+    assert (shapes.data.shape, shapes.data.dtype) == (layout.shape(5), jnp.int8)
+    assert shapes.scales is not None
+    assert (shapes.scales.shape, shapes.scales.dtype) == ((5, 6, 16), jnp.float32)
+    assert shapes.layout == layout
+
+
+@pytest.mark.parametrize(("dtype", "largest"), [("int8", 127), ("float8_e4m3fn", 448)])
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_codes_times_scales_are_near_and_use_the_whole_range(dtype: str, largest: int, size: float) -> None:
+    rng = np.random.default_rng(0)
+    k, v = (jnp.asarray(rng.standard_normal((5, 2, 64)) * size, jnp.float32) for _ in range(2))
+    codes, scales = jax.jit(encode, static_argnums=2)(k, v, dtype)
+    assert codes.dtype == jnp.dtype(dtype)
+    assert scales is not None
+    got = np.asarray(codes, np.float64)
+    assert (np.abs(got).max(axis=-1) == largest).all()
+    wanted = np.asarray(interleave(k, v), np.float64)
+    step = 0.5001 * np.asarray(scales, np.float64)[..., None]
+    if dtype == "float8_e4m3fn":  # three bits behind the leading one, or subnormal
+        step = np.maximum(step / 512, np.abs(wanted) / 15.9)
+    assert (np.abs(got * np.asarray(scales, np.float64)[..., None] - wanted) <= step).all()
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_zeros_and_what_is_not_finite_have_their_scales(dtype: str) -> None:
+    rows = np.zeros((4, 1, 8), np.float32)
+    rows[1, 0, 3], rows[2, 0, 3], rows[3, 0, 3] = np.nan, np.inf, 1e-40
+    codes, scales = encode(jnp.asarray(rows), jnp.asarray(rows), dtype)
+    assert scales is not None
+    read = np.asarray(codes, np.float32) * np.asarray(scales)[..., None]
+    assert np.asarray(scales)[[0, 3]].tolist() == [[1.0, 1.0]] * 2
+    assert not read[[0, 3]].any()
+    assert np.isnan(read[1:3]).all(), "whoever reads the token must notice"
+
+
+def test_scales_move_with_their_pages() -> None:
+    def cache(num_pages: int, seed: int) -> KVPages:
+        codes = np.random.default_rng(seed).integers(-128, 128, (num_pages, 4, 2, 8)).astype(np.int8)
+        return KVPages(jnp.asarray(codes), random_bits((num_pages, 2, 4), seed), 8)
+
+    source, target = cache(9, 0), cache(7, 1)
+    assert target.scales is not None
+    before, taken = bits(target.scales), gather_pages(source, jnp.array([8, 9, 3], jnp.int32))
+    moved = jax.jit(scatter_pages, donate_argnums=0)(target, jnp.array([2, 7, 1], jnp.int32), taken)
+    assert moved.scales is not None
+    assert source.scales is not None
+    np.testing.assert_array_equal(bits(moved.scales)[[2, 1]], bits(source.scales)[[8, 3]])
+    np.testing.assert_array_equal(bits(moved.scales)[[0, 3, 4, 5, 6]], before[[0, 3, 4, 5, 6]])
+    np.testing.assert_array_equal(np.asarray(moved.data)[[2, 1]], np.asarray(source.data)[[8, 3]])
 
 
 def test_keys_and_values_alternate() -> None:
@@ -78,7 +143,19 @@ def test_scatter_is_in_place_when_donated() -> None:
 def test_what_cannot_be_a_cache_is_refused() -> None:
     with pytest.raises(ValueError, match="page_size=0: must be at least 1"):
         KVLayout(0, 1, 64, jnp.dtype("float32"))
+    with pytest.raises(ValueError, match="dtype=int4: must be float32"):
+        KVLayout(1, 1, 64, jnp.dtype("int4"))
     with pytest.raises(ValueError, match="kv_pages has shape"):
-        KVLayout.of(jnp.zeros((2, 16, 3, 64)))
+        _ = KVPages(jnp.zeros((2, 16, 3, 64)), None, 64).layout
+    codes = jnp.zeros((2, 16, 4, 64), jnp.int8)
+    with pytest.raises(ValueError, match="kv_pages is int8: must have scales"):
+        _ = KVPages(codes, None, 64).layout
+    with pytest.raises(ValueError, match="kv_pages is float32: must have no scales"):
+        _ = KVPages(codes.astype(jnp.float32), jnp.zeros((2, 4, 16)), 64).layout
+    with pytest.raises(ValueError, match=r"scales is float32\[2, 16, 4\]: must be float32\[2, 4, 16\]"):
+        _ = KVPages(codes, jnp.zeros((2, 16, 4)), 64).layout
+    with pytest.raises(ValueError, match="pages is of another layout"):
+        whole = KVPages(codes, jnp.zeros((2, 4, 16)), 64)
+        scatter_pages(whole, jnp.array([1], jnp.int32), KVPages(codes[:1], None, 64))
     with pytest.raises(ValueError, match=r"pages is float32\[1, 4, 2, 4\]: must be float32\[1, 4, 2, 8\]"):
         scatter_pages(jnp.zeros((5, 4, 2, 8)), jnp.array([1], jnp.int32), jnp.zeros((1, 4, 2, 4)))

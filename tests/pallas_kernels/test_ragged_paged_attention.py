@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,19 +18,31 @@ from tests.support.attention_inputs import make_step
 from tests.support.implementations import (
     EAGER,
     IMPLEMENTATIONS,
+    KV_DTYPES,
     LOAD_DEPENDENT,
     SIMULATED,
     able_to_run,
     finest_dtype,
     takes,
 )
-from tests.support.tolerances import ATTENTION_TOLERANCE
+from tests.support.tolerances import ATTENTION_TOLERANCE, EIGHT_BIT_TOLERANCE
 
 SPECS = {spec.name: spec for spec in CORRECTNESS_SPECS}
 LOW_PRECISION_SPECS = ("mixed", "window_chunk", "soft_cap")
 EVERY_CASE = [
     *((name, "float32") for name in SPECS),
     *((name, dtype) for name in LOW_PRECISION_SPECS for dtype in ("bfloat16", "float16")),
+]
+# Specs, and dtypes of queries and of 8-bit caches.
+EIGHT_BIT_SPECS = (
+    *("decode_page_borders", "decode_one_row", "decode_all_empty", "decode_many_kv_blocks", "mixed"),
+    *("window_chunk", "soft_cap", "gqa_3", "head_dim_256", "page_size_8"),
+)
+EIGHT_BIT_CASES = [
+    *((name, "float32", "int8") for name in EIGHT_BIT_SPECS),
+    *((name, "float32", "float8_e4m3fn") for name in LOW_PRECISION_SPECS),
+    *((name, "bfloat16", kv) for name in ("mixed", "window_chunk") for kv in ("int8", "float8_e4m3fn")),
+    ("mixed", "float16", "int8"),
 ]
 EVERY_DTYPE = ("float32", "bfloat16", "float16")
 # What takes no float32 runs every spec in bfloat16 on its own machine, and these in the slow simulator.
@@ -63,15 +76,15 @@ def scale_of(spec: ArgSpec) -> float:
 
 
 @functools.cache
-def case(name: str, dtype: str):
+def case(name: str, dtype: str, kv_dtype: str = ""):
     """A spec's inputs, made once."""
-    return make_step(SPECS[name], jnp.dtype(dtype))
+    return make_step(SPECS[name], jnp.dtype(dtype), kv_dtype)
 
 
 @functools.cache
-def result(name: str, dtype: str, implementation: str):
+def result(name: str, dtype: str, implementation: str, kv_dtype: str = ""):
     """What an implementation makes of a spec's inputs, computed once."""
-    _, arrays, metadata = case(name, dtype)
+    _, arrays, metadata = case(name, dtype, kv_dtype)
     return attend(SPECS[name], arrays, metadata, implementation)
 
 
@@ -83,17 +96,22 @@ def attend(spec: ArgSpec, arrays, metadata: AttentionMetadata, implementation: s
             q,
             k,
             v,
-            jnp.array(np.asarray(kv_pages)),
+            own(kv_pages),
             metadata,
             scale=scale_of(spec),
             sliding_window=spec.sliding_window,
             soft_cap=spec.soft_cap,
             implementation=implementation,
         )
-        return np.asarray(out, np.float64), kv_pages.block_until_ready()
+        return np.asarray(out, np.float64), jax.block_until_ready(kv_pages)
 
 
-def expect(spec: ArgSpec, step: attention_oracle.Step, **mutation: int):
+def own(kv_pages):
+    """A cache that may be donated."""
+    return jax.tree.map(lambda array: jnp.array(np.asarray(array)), kv_pages)
+
+
+def expect(spec: ArgSpec, step: attention_oracle.Step, **mutation: Any):
     return attention_oracle.attend(
         step, scale=scale_of(spec), sliding_window=spec.sliding_window, soft_cap=spec.soft_cap, **mutation
     )
@@ -115,6 +133,38 @@ def test_equals_the_oracle(implementation: str, name: str, dtype: str) -> None:
     assert error(got, expect(spec, step)) <= ATTENTION_TOLERANCE[dtype]
     assert not got[step.cu_q_lens[-1] :].any(), "padding tokens give exact zeros"
     np.testing.assert_array_equal(np.asarray(kv_pages, np.float64), attention_oracle.written_pages(step))
+
+
+@pytest.mark.parametrize(
+    ("implementation", "name", "dtype", "kv_dtype"),
+    [
+        (each, *case)
+        for each, kv_dtypes in KV_DTYPES.items()
+        for case in EIGHT_BIT_CASES
+        if case[2] in kv_dtypes and takes(each, case[1])
+    ],
+)
+def test_an_8_bit_cache_equals_the_oracle(implementation: str, name: str, dtype: str, kv_dtype: str) -> None:
+    """Exact but for the dtype of the queries, seen from the cache; from the numbers as they were, rounded."""
+    spec = SPECS[name]
+    step = case(name, dtype, kv_dtype)[0]
+    got, kv_pages = result(name, dtype, implementation, kv_dtype)
+    assert error(got, expect(spec, step)) <= ATTENTION_TOLERANCE[dtype]
+    assert error(got, expect(spec, case(name, dtype)[0])) <= EIGHT_BIT_TOLERANCE[kv_dtype]
+    assert not got[step.cu_q_lens[-1] :].any(), "padding tokens give exact zeros"
+    data, scales = attention_oracle.written_cache(step)
+    assert scales is not None
+    np.testing.assert_array_equal(np.asarray(kv_pages.data, np.float64)[1:], data[1:])
+    np.testing.assert_array_equal(np.asarray(kv_pages.scales, np.float64)[1:], scales[1:])
+
+
+@pytest.mark.parametrize("wrong", ["no key scale", "no value scale", "neighbour's", "key's for value"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kv_dtype", ["int8", "float8_e4m3fn"])
+def test_tolerance_catches_a_wrong_scale(kv_dtype: str, dtype: str, wrong: str) -> None:
+    wanted = expect(SPECS["mixed"], case("mixed", dtype, kv_dtype)[0], wrong_scales=wrong)
+    got, _ = result("mixed", dtype, "xla", kv_dtype)
+    assert error(got, wanted) > 4 * ATTENTION_TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dtype", EVERY_DTYPE)
@@ -146,13 +196,21 @@ def test_tolerance_catches_another_rows_page(implementation: str, dtype: str) ->
     assert error(got, expect(SPECS["mixed"], step)) > 4 * ATTENTION_TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("name", ["mixed", "decode_page_borders"])
-@pytest.mark.parametrize("implementation", [name for name in IMPLEMENTATIONS if name not in SIMULATED])
-def test_cache_is_written_in_place(implementation: str, name: str) -> None:
+@pytest.mark.parametrize("name", ["mixed", "decode_page_borders", "decode_one_row"])
+@pytest.mark.parametrize(
+    ("implementation", "kv_dtype"),
+    [
+        (each, kv_dtype)
+        for each in IMPLEMENTATIONS
+        if each not in SIMULATED
+        for kv_dtype in ("", *KV_DTYPES.get(each, ()))
+    ],
+)
+def test_cache_is_written_in_place(implementation: str, kv_dtype: str, name: str) -> None:
     spec = SPECS[name]
-    _, arrays, metadata = case(name, finest_dtype(implementation))
-    kv_pages = jnp.array(np.asarray(arrays[3]))
-    address = kv_pages.unsafe_buffer_pointer()
+    _, arrays, metadata = case(name, finest_dtype(implementation), kv_dtype)
+    before = jax.tree.leaves(kv_pages := own(arrays[3]))
+    addresses = [array.unsafe_buffer_pointer() for array in before]
     _, updated = run(
         *arrays[:3],
         kv_pages,
@@ -162,8 +220,8 @@ def test_cache_is_written_in_place(implementation: str, name: str) -> None:
         soft_cap=None,
         implementation=implementation,
     )
-    assert kv_pages.is_deleted()
-    assert updated.unsafe_buffer_pointer() == address
+    assert all(array.is_deleted() for array in before)
+    assert [array.unsafe_buffer_pointer() for array in jax.tree.leaves(updated)] == addresses
 
 
 @every_implementation

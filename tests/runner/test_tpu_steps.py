@@ -13,7 +13,6 @@ from jaxserve.models.registry import find_family
 from jaxserve.platforms.tpu import CHIPS, Tpu
 from jaxserve.runner.ahead_of_time import (
     Collective,
-    cache_shapes,
     compile_steps,
     plan_engine,
     report_step,
@@ -63,7 +62,7 @@ def compiled(model: str, topology: str, tensor_parallel_size: int, tokens: int):
     planned, resolved = plan_engine(config, find_family(hf).config_from_hf(hf), list(devices(topology)), Tpu)
     bucket = Bucket(tokens, 64)
     programs = compile_steps(config, planned, resolved, [bucket])
-    report = report_step(bucket, programs.step(bucket), cache_shapes(planned, resolved)[0], 0.0)
+    report = report_step(bucket, programs.step(bucket), planned, resolved, 0.0)
     return report, planned, resolved
 
 

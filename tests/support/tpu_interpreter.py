@@ -117,9 +117,9 @@ def _undo(value: np.ndarray, view: Any, whole: np.ndarray) -> np.ndarray:
 
 
 def _words(value: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Two 16-bit rows as one of 32 bits, the lower half first: how a TPU packs rows."""
+    """Two 16-bit rows, or four of 8 bits, as one of 32 bits, the lowest first: how a TPU packs rows."""
     assert dtype.itemsize == 4
-    assert value.dtype.itemsize == 2
+    count = 4 // value.dtype.itemsize
     *lead, rows, lanes = value.shape
-    pairs = np.swapaxes(value.reshape(*lead, rows // 2, 2, lanes), -1, -2)
-    return np.ascontiguousarray(pairs).view(dtype)[..., 0]
+    parts = np.moveaxis(value.reshape(*lead, rows // count, count, lanes), -2, -1)
+    return np.ascontiguousarray(parts).view(dtype)[..., 0]

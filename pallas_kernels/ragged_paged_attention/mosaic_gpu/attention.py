@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 
+from jaxserve.pallas_kernels.layout import KVPages
 from jaxserve.pallas_kernels.ragged_paged_attention.metadata import AttentionMetadata, token_places
 from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_gpu import decode, prefill
 from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_gpu.kernel import attend, can_mix
@@ -25,24 +27,25 @@ def ragged_paged_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    kv_pages: jax.Array,
+    kv_pages: KVPages,
     metadata: AttentionMetadata,
     variant: AttentionVariant,
     *,
     interpret: bool = False,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, KVPages]:
     """See `jaxserve.pallas_kernels.ragged_paged_attention.api.ragged_paged_attention`.
 
     Args:
         interpret: runs in Pallas's interpreters, on any device.
     """
     _check(q, kv_pages)
+    pages = kv_pages.data
     num_ctas = _INTERPRETED_CTAS if interpret else _num_multiprocessors()
     launch = Launch(num_ctas, interpret)
     tokens = q.shape[0]
-    heads = heads_of(q, kv_pages)
-    places = token_places(metadata, tokens, kv_pages.shape)
-    kv_pages = write(kv_pages, k, v, places, interpret=interpret)
+    heads = heads_of(q, pages)
+    places = token_places(metadata, tokens, kv_pages.layout.page_size)
+    pages = write(pages, k, v, places, interpret=interpret)
     all_workers = decode.num_workers(heads.head_dim, launch)
     cut = functools.partial(
         share_out,
@@ -53,7 +56,7 @@ def ragged_paged_attention(
         sliding_window=variant.sliding_window,
     )
     tiles_of = functools.partial(tile_out, metadata, num_tokens=tokens, queries=prefill.ITEM_QUERIES)
-    run = functools.partial(attend, q, kv_pages, metadata.page_table, variant=variant, launch=launch)
+    run = functools.partial(attend, q, pages, metadata.page_table, variant=variant, launch=launch)
     if metadata.max_q_len == 1:
         shares = cut(num_workers=all_workers)
         decoded, *parts = run(shares, None)
@@ -67,23 +70,25 @@ def ragged_paged_attention(
         shares = cut(num_workers=all_workers)
         decoded, *parts = run(shares, None)
         (base,) = run(None, tiles_of())
-    return merge(base, decoded, *parts, shares, metadata.cu_q_lens[-1], interpret=interpret), kv_pages
+    out = merge(base, decoded, *parts, shares, metadata.cu_q_lens[-1], interpret=interpret)
+    return out, dataclasses.replace(kv_pages, data=pages)
 
 
-def _check(q: jax.Array, kv_pages: jax.Array) -> None:
+def _check(q: jax.Array, kv_pages: KVPages) -> None:
     """Raises NotImplementedError for what these kernels do not take."""
-    if q.dtype not in (jnp.bfloat16, jnp.float16) or kv_pages.dtype != q.dtype:
+    if q.dtype not in (jnp.bfloat16, jnp.float16) or kv_pages.data.dtype != q.dtype:
         raise NotImplementedError(
-            f"q is {q.dtype} and kv_pages {kv_pages.dtype}: must both be bfloat16 or float16"
+            f"q is {q.dtype} and kv_pages {kv_pages.data.dtype}: must both be bfloat16 or float16"
         )
-    page_size, head_dim = kv_pages.shape[1], q.shape[2]
-    if kv_pages.shape[3] != head_dim:
+    layout = kv_pages.layout
+    page_size, head_dim = layout.page_size, layout.head_dim
+    if layout.is_packed:
         raise NotImplementedError("kv_pages is packed: must not be")
     if page_size < 8 or page_size & (page_size - 1):
         raise NotImplementedError(f"page_size={page_size}: must be a power of two, 8 or more")
     if head_dim % 32 or head_dim > 256:
         raise NotImplementedError(f"head_dim={head_dim}: must be a multiple of 32 up to 256")
-    group = 2 * q.shape[1] // kv_pages.shape[2]
+    group = q.shape[1] // layout.num_kv_heads
     if group > QUERY_TILE:
         raise NotImplementedError(f"{group} query heads a kv head: must be at most {QUERY_TILE}")
 
