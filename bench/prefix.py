@@ -3,10 +3,10 @@
     python bench/prefix.py --parts ttft --dtype float32           # a shared system prompt, on this device
     python bench/prefix.py --parts ttft --shape llama-3.1-8b      # the same with random weights
     python bench/prefix.py --parts tree                           # operations at 100,000 nodes
-    python bench/prefix.py --parts trace --traces ../shared/traces
+    python bench/prefix.py --parts trace,evict --traces ../shared/traces
 
 ``ttft``: requests one after the other, each with ``--system-tokens`` tokens that all share and
-``--tail-tokens`` of its own, one output token. Under *cold* the shared part is another one in every request.
+``--tail-tokens`` of its own, one output token. *cold*: the shared part is another one in every request.
 
 - ``ttft_p50_ms``; ``ttft_ratio`` is warm over cold;
 - ``prefill_saved_share``: prompt tokens that were not computed, of all;
@@ -20,6 +20,9 @@
 more pages than they need; then with those of one H100, at the trace's own pace times ``--stretch``.
 ``hit_share`` is of the prompt tokens; ``hit_tokens`` and ``trie_hit_tokens`` must be equal, and the trie
 shares no code with the tree.
+
+``evict``: ``hit_share`` of the same traces in caches of too few blocks, evicting the least recently
+used (``lru``) or the least valuable (``value``).
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from bench.batching_runs import offline_config
@@ -41,14 +44,18 @@ from jaxserve.cli.arguments import CommandParser, add_engine_flags, engine_optio
 from jaxserve.config import SchedulerConfig
 from jaxserve.core.page_pool import PagePool
 from jaxserve.core.prefix_cache import PrefixCache
+from jaxserve.core.radix_tree import HORIZON_S
 from jaxserve.engine.build import make_core, make_engine, make_runner
 from jaxserve.engine.llm import LLM
 from jaxserve.request import Request, SamplingParams
 from jaxserve.simulator.cluster import ClusterConfig, make_cluster
+from jaxserve.simulator.instance import make_request
 from jaxserve.simulator.simulation import SimulationOptions, SimulationResult, simulate
 from jaxserve.simulator.trace import TraceRequest, read_trace
 
-PARTS = ("ttft", "tree", "trace")
+PARTS = ("ttft", "tree", "trace", "evict")
+_HORIZONS_S = {"lru": 1.0, "value": HORIZON_S}
+_CAPACITIES = (1_000, 5_000, 20_000)  # blocks of 512 tokens
 TRACES = ("mooncake_conversation", "mooncake_synthetic")
 _NOT_HERE = frozenset({"max_num_seqs", "max_model_len", "enable_prefix_caching", "seed"})
 
@@ -225,15 +232,20 @@ def trie_hit_tokens(trace: Sequence[TraceRequest], page_size: int) -> int:
     return found
 
 
-def measure_traces(args: argparse.Namespace) -> None:
-    """Raises RuntimeError if the cache does not find exactly what the trie finds."""
+def _traces(args: argparse.Namespace) -> Iterator[tuple[str, list[TraceRequest]]]:
     folder = find_traces(args.traces)
     for name in TRACES:
         path = None if folder is None else folder / f"{name}.jsonl.gz"
         if path is None or not path.is_file():
             print(f"{name}: no trace found (--traces)", file=sys.stderr)
-            continue
-        measure_trace(args, name, read_trace(path, args.trace_requests))
+        else:
+            yield name, read_trace(path, args.trace_requests)
+
+
+def measure_traces(args: argparse.Namespace) -> None:
+    """Raises RuntimeError if the cache does not find exactly what the trie finds."""
+    for name, trace in _traces(args):
+        measure_trace(args, name, trace)
 
 
 def measure_trace(args: argparse.Namespace, name: str, trace: list[TraceRequest]) -> None:
@@ -269,6 +281,38 @@ def measure_trace(args: argparse.Namespace, name: str, trace: list[TraceRequest]
         for metric in ("ttft_mean_s", "ttft_p99_s", "output_tok_s"):
             value, unit = run.metrics()[metric]
             results.add(f"{case}-{label}", metric, value, unit, **where)
+
+
+def measure_evictions(args: argparse.Namespace) -> None:
+    """Hits of one request after the other, at the trace's times, in caches that are too small."""
+    results = Results("prefix", f"counted, {host_device()}", args.output)
+    for name, trace in _traces(args):
+        for capacity in _CAPACITIES:
+            for policy, horizon_s in _HORIZONS_S.items():
+                share = hit_share(trace, capacity, horizon_s)
+                where = {"requests": len(trace), "blocks": capacity}
+                results.add(f"{name}-{policy}", "hit_share", share, "share", **where)
+
+
+def hit_share(trace: Sequence[TraceRequest], num_blocks: int, horizon_s: float) -> float:
+    """Share of the prompt tokens found by requests that fit; a block of the trace is a page."""
+    pool = PagePool(1 + num_blocks)
+    size = trace[0].block_size
+    cache = PrefixCache(pool, size, lambda context: 1.0, horizon_s)
+    for index, row in enumerate(trace):
+        num_pages = -(-row.prompt_tokens // size)
+        if num_pages > num_blocks:
+            continue
+        one, now = make_request(index, row, 1), row.arrival_s
+        cache.enter(one, cache.match(one), now)
+        missing = num_pages - len(one.page_ids)
+        cache.evict(max(0, missing - pool.num_free))
+        one.page_ids += pool.allocate(missing)
+        one.num_computed_tokens = row.prompt_tokens
+        cache.leave(one, now, keep=True)
+        pool.release(one.page_ids)
+    stats = cache.stats()
+    return stats.hit_tokens / stats.lookup_tokens
 
 
 def _simulated(
@@ -313,7 +357,12 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--parts {unknown[0]}: must be of {', '.join(PARTS)}")
     if args.trace_page_size < 1 or 512 % args.trace_page_size:
         parser.error(f"--trace-page-size {args.trace_page_size}: must divide 512")
-    measures = {"ttft": measure_ttft, "tree": measure_tree, "trace": measure_traces}
+    measures = {
+        "ttft": measure_ttft,
+        "tree": measure_tree,
+        "trace": measure_traces,
+        "evict": measure_evictions,
+    }
     for part in parts:
         measures[part](args)
     return 0

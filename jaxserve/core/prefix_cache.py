@@ -21,7 +21,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, final
 
 from jaxserve.core.page_pool import PagePool
-from jaxserve.core.radix_tree import Match, Node, RadixTree, pack
+from jaxserve.core.radix_tree import HORIZON_S, NO_MATCH, Match, Node, RadixTree, pack
 from jaxserve.core.template_breaks import TemplateBreak, TemplateBreaks
 from jaxserve.request import Request
 
@@ -82,14 +82,23 @@ class PrefixCache:
         pool: whose pages these are.
         page_size: tokens of a page.
         chunk_s: seconds that a chunk of a prompt takes after so many tokens of context.
+        horizon_s: seconds after which an access counts for 1/e of a new one, when pages are evicted.
     """
 
-    def __init__(self, pool: PagePool, page_size: int, chunk_s: Callable[[int], float]) -> None:
+    def __init__(
+        self,
+        pool: PagePool,
+        page_size: int,
+        chunk_s: Callable[[int], float],
+        horizon_s: float = HORIZON_S,
+    ) -> None:
         self._pool = pool
         self._page_size = page_size
-        self._tree = RadixTree(page_size, chunk_s)
+        self._tree = RadixTree(page_size, chunk_s, horizon_s)
         self._paths: dict[Request, _Path] = {}
         self._advanced: dict[Request, None] = {}  # computed more of their prompts in the newest plan
+        self._asked: tuple[Request, int, int] | None = None
+        self._answer = NO_MATCH
         self._breaks = TemplateBreaks()
         self._lookup_tokens = 0
         self._hit_tokens = 0
@@ -102,12 +111,19 @@ class PrefixCache:
         return self._tree.num_evictable
 
     def match(self, request: Request) -> Match:
-        """How much of a waiting request is there. Its last token is always computed: for its logits."""
-        tokens = request.known_token_ids()
-        return self._tree.match(request.cache_salt, tokens, (request.num_tokens - 1) // self._page_size)
+        """How much of a waiting request is there. Its last token is always computed: for its logits.
+
+        The head of the queue is asked about again and again while it waits for pages.
+        """
+        asked = (request, request.num_known_tokens, self._tree.version)
+        if asked != self._asked:
+            tokens = request.known_token_ids() if request.output_token_ids else request.prompt_token_ids
+            most = (request.num_tokens - 1) // self._page_size
+            self._asked, self._answer = asked, self._tree.match(request.cache_salt, tokens, most)
+        return self._answer
 
     def enter(self, request: Request, match: Match, now: float) -> None:
-        """Gives a request, which owns nothing yet, the pages of a match that was just made."""
+        """Gives a request, which owns nothing yet, the pages of its match."""
         if request.num_preemptions:
             self._resumed_hit_tokens += match.num_pages * self._page_size
         else:
@@ -220,12 +236,12 @@ class PrefixCache:
         page = path.num_pages
         if page < request.num_known_tokens // self._page_size:
             tokens = self._packed(request, page, page + 1)
-            if path.node.claims.setdefault(tokens, request) is request:
+            if self._tree.claim(path.node, tokens, request):
                 path.claim = tokens
 
     def _drop_claim(self, path: _Path) -> None:
         if path.claim is not None:
-            del path.node.claims[path.claim]
+            self._tree.unclaim(path.node, path.claim)
             path.claim = None
 
 

@@ -12,20 +12,24 @@ from __future__ import annotations
 
 import heapq
 import math
+import struct
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final, NamedTuple, final
 
-# Seconds after which an access counts for 1/e of a new one.
+# Seconds after which an access counts for 1/e of a new one. `bench/prefix.py --parts evict` compares it with
+# one second, which is least recently used.
 HORIZON_S = 300.0
 _TOKEN_BYTES = array("i").itemsize
 _NEVER = -math.inf
 _LEAST_S = 1e-9
+_FIRST_WINDOW = 8  # pages of an edge that are compared at once, at first
 
 
-def pack(tokens: Iterable[int]) -> bytes:
+def pack(tokens: Sequence[int]) -> bytes:
     """Token ids as the tree compares them: 4 bytes each."""
-    return array("i", tokens).tobytes()
+    # For a list, half the time of making an array of it.
+    return tokens.tobytes() if isinstance(tokens, array) else struct.pack(f"{len(tokens)}i", *tokens)
 
 
 @final
@@ -40,7 +44,7 @@ class Node:
         children: packed tokens of their first page -> child.
         claims: packed tokens of a page that comes next and is being computed -> who does so.
         num_locks: running requests whose path goes through here; never fewer than those of a child.
-        heat: log of the number of accesses, each weighted with exp(time / HORIZON_S).
+        heat: log of the number of accesses, each weighted with exp(time / horizon).
         log_cost: log of the seconds that a chunk of a prompt takes at this depth.
     """
 
@@ -114,10 +118,12 @@ class RadixTree:
     Args:
         page_size: tokens of a page.
         chunk_s: seconds that a chunk of a prompt takes after so many tokens of context.
+        horizon_s: seconds after which an access counts for 1/e of a new one.
     """
 
-    def __init__(self, page_size: int, chunk_s: Callable[[int], float]) -> None:
+    def __init__(self, page_size: int, chunk_s: Callable[[int], float], horizon_s: float = HORIZON_S) -> None:
         self._page_size = page_size
+        self._horizon_s = horizon_s
         self._page_bytes = page_size * _TOKEN_BYTES
         self._chunk_s = chunk_s
         self._roots: dict[str, Node] = {}
@@ -128,6 +134,7 @@ class RadixTree:
         self.num_nodes = 0
         self.num_pages = 0
         self.num_evictable = 0  # pages whose nodes nobody has locked
+        self.version = 0  # a match holds as long as this stays
 
     # ------------------------------------------------------------------ looking
 
@@ -140,10 +147,7 @@ class RadixTree:
             child = node.children.get(page)
             if child is None:
                 return Match(node, len(node.pages), done, evictable, page in node.claims)
-            wanted = min(len(child.pages), most_pages - done)
-            here = 1
-            if wanted > 1:
-                here = self._common(child.tokens, pack(tokens[done * size : (done + wanted) * size]))
+            here = self._match_edge(child, tokens, done, min(len(child.pages), most_pages - done))
             done += here
             if child.num_locks == 0:
                 evictable += here
@@ -152,15 +156,28 @@ class RadixTree:
                 return Match(node, here, done, evictable, is_claimed=False)
         return Match(node, len(node.pages), done, evictable, is_claimed=False)
 
-    def _common(self, edge: bytes, tokens: bytes) -> int:
-        """Leading pages that both have; they have the first."""
+    def _match_edge(self, node: Node, tokens: Sequence[int], start: int, most_pages: int) -> int:
+        """Pages of an edge that the tokens from page ``start`` on match; the first one does."""
+        size, page_bytes, here, window = self._page_size, self._page_bytes, 1, _FIRST_WINDOW
+        while here < most_pages:
+            end = min(here + window, most_pages)
+            packed = pack(tokens[(start + here) * size : (start + end) * size])
+            same = self._common(node.tokens[here * page_bytes : end * page_bytes], packed)
+            here += same
+            if here < end:
+                break
+            window *= 2  # what is looked at in vain stays in proportion to what is found
+        return here
+
+    def _common(self, a: bytes, b: bytes) -> int:
+        """Leading pages that both have."""
         size = self._page_bytes
-        if edge.startswith(tokens):
-            return len(tokens) // size
-        low, high = 1, min(len(edge), len(tokens)) // size
+        if a.startswith(b):
+            return len(b) // size
+        low, high = 0, min(len(a), len(b)) // size
         while low < high:
             middle = (low + high + 1) // 2
-            if edge.startswith(tokens[: middle * size]):
+            if a.startswith(b[: middle * size]):
                 low = middle
             else:
                 high = middle - 1
@@ -183,10 +200,21 @@ class RadixTree:
             yield node
             stack.extend(node.children.values())
 
+    def claim(self, node: Node, page: bytes, owner: object) -> bool:
+        """Says that somebody computes the page that comes after a node, unless somebody does already."""
+        self.version += 1
+        return node.claims.setdefault(page, owner) is owner
+
+    def unclaim(self, node: Node, page: bytes) -> None:
+        """Takes a claim back."""
+        self.version += 1
+        del node.claims[page]
+
     # ------------------------------------------------------------------ locking
 
     def lock(self, match: Match, now: float) -> Node:
-        """Locks the path of a match that was just made, and counts an access; returns its last node."""
+        """Locks the path of a match that still holds, and counts an access; returns its last node."""
+        self.version += 1
         node = match.node
         if node.parent is None:
             node = self._roots.setdefault(node.salt, node)
@@ -202,10 +230,11 @@ class RadixTree:
         if node.num_locks == 0:
             self.num_evictable -= len(node.pages)
         node.num_locks += 1
-        node.heat = _log_add(node.heat, now / HORIZON_S)
+        node.heat = _log_add(node.heat, now / self._horizon_s)
 
     def unlock(self, node: Node) -> None:
         """Gives back the lock of a path. A node is worth no less than what was reached through it."""
+        self.version += 1
         heat, at = _NEVER, node
         while True:
             heat = at.heat = max(at.heat, heat)
@@ -234,6 +263,7 @@ class RadixTree:
         Returns:
             The node at the end, and the pages that the tree took.
         """
+        self.version += 1
         size = self._page_bytes
         while tokens and (child := node.children.get(tokens[:size])) is not None:
             here = self._common(child.tokens, tokens[: len(child.tokens)])
@@ -250,7 +280,7 @@ class RadixTree:
         new = Node(node, node.end, tokens, list(pages), self._log_cost(node.end))
         node.children[tokens[:size]] = new
         new.num_locks = 1
-        new.heat = now / HORIZON_S
+        new.heat = now / self._horizon_s
         self.num_nodes += 1
         return new, pages
 
@@ -275,6 +305,7 @@ class RadixTree:
 
     def evict(self, num_pages: int) -> list[int]:
         """Takes out so many pages, or all that nobody has locked if these are fewer."""
+        self.version += 1
         freed: list[int] = []
         while len(freed) < num_pages and self._leaves:
             value, _, node = heapq.heappop(self._leaves)
@@ -294,6 +325,7 @@ class RadixTree:
             node: the end of the path.
             after: pages from the root that stay.
         """
+        self.version += 1
         freed: list[int] = []
         while (parent := node.parent) is not None and node.start >= after:
             if node.num_locks or node.children:

@@ -16,7 +16,7 @@ from jaxserve.core.radix_tree import Match, pack
 
 _TOKEN_BYTES = 4
 _MOST_PLACES = 256  # that are remembered
-_MOST_SIBLINGS = 4  # cached prompts that a new one is compared with: the newest
+_MOST_SIBLINGS = 2  # cached prompts that a new one is compared with: the newest
 _PROBE_TOKENS = 8
 _PROBES = (16, 32, 64, 128)  # tokens after the parting where a probe is taken
 _SEARCHED_TOKENS = 512

@@ -77,6 +77,24 @@ def test_hits_on_a_trace_are_those_of_the_trie(tmp_path: Path, capsys: pytest.Ca
     assert "mooncake_synthetic: no trace found" in capsys.readouterr().err
 
 
+def test_a_small_cache_keeps_what_is_used_again(tmp_path: Path) -> None:
+    """One prompt comes twice, and then after every two strangers: four blocks hold it and one of them."""
+    numbers = iter(range(100, 1000))
+
+    def hashes(index: int) -> tuple[int, ...]:
+        return (1, 2) if index == 0 or index % 3 == 1 else (next(numbers), next(numbers))
+
+    trace = [TraceRequest(float(i), 1024, 1, block_hashes=hashes(i)) for i in range(60)]
+    once = 512 / (60 * 1024)  # its last block is always computed
+    assert prefix.hit_share(trace, 1000, 300.0) == pytest.approx(20 * once)
+    assert prefix.hit_share(trace, 4, 300.0) == pytest.approx(20 * once)
+    assert prefix.hit_share(trace, 4, 0.01) == pytest.approx(once), "least recently used"
+    _trace(tmp_path)
+    path = tmp_path / "out.jsonl"
+    assert prefix.main(["--parts", "evict", "--traces", str(tmp_path), "--output", str(path)]) == 0
+    assert {record["blocks"] for record in read_results([path])} == {1_000, 5_000, 20_000}
+
+
 @pytest.mark.parametrize("flags", [["--parts", "ttft,all"], ["--trace-page-size", "48"]])
 def test_what_cannot_be_measured_is_refused(flags: list[str]) -> None:
     with pytest.raises(SystemExit):
