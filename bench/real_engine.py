@@ -92,7 +92,7 @@ class RealEngine:
         self, config: EngineConfig, workload: Workload, predictor: LengthPredictor | None
     ) -> list[RequestOutput]:
         journals = Journals(config.scheduler)
-        prior = device_prior(self._model, self.resolved.dtype)
+        prior = device_prior(self._model, self.resolved)
         core = make_core(
             config, self.resolved, self._runner, self._runner.prepare,
             prior=prior, predictor=predictor, journals=journals,

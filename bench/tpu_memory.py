@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import argparse
 import functools
-from typing import Any
+from typing import Any, get_args
 
 from bench.results import Results, add_output_flag
 from bench.shapes import MODELS
-from jaxserve.config import EngineConfig, compile_without_devices
+from jaxserve.config import EngineConfig, KVCacheDType, compile_without_devices
 
 compile_without_devices()
 
@@ -48,11 +48,9 @@ EVERY = (
 )
 
 
-def measure(
-    hf: dict[str, Any], topology: str, num_devices: int, max_model_len: int, results: Results
-) -> bool:
-    """Compiles two steps and records what they need; whether both fit."""
-    config = EngineConfig.from_flat({"tensor_parallel_size": num_devices, "max_model_len": max_model_len})
+def measure(hf: dict[str, Any], topology: str, options: dict[str, Any], results: Results) -> bool:
+    """Compiles two steps of an engine and records what they need; whether both fit."""
+    config = EngineConfig.from_flat(options)
     devices = topology_devices(topology)
     planned, resolved = plan_engine(config, find_family(hf).config_from_hf(hf), devices, Tpu)
     limit = chip_of(devices[0]).hbm_bytes
@@ -66,6 +64,7 @@ def measure(
             "layers": hf["num_hidden_layers"],
             "vocab": hf["vocab_size"],
             "num_pages": resolved.num_pages,
+            "kv_dtype": str(resolved.layout.dtype),
             "limit_gib": round(limit / _GIB, 2),
             "kernels": report.custom_calls["tpu_custom_call"],
         }
@@ -89,6 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
     parser.add_argument("--every", action="store_true", help="every generation in place of one topology")
     parser.add_argument("--max-model-len", type=int, default=32768)
+    parser.add_argument("--kv-cache-dtype", choices=get_args(KVCacheDType), default="auto")
     parser.add_argument("--layers", type=int, help="default: the model's; two compile in a tenth of the time")
     parser.add_argument("--vocab", type=int, help="default: the model's")
     add_output_flag(parser)
@@ -102,7 +102,12 @@ def main(argv: list[str] | None = None) -> int:
     for topology, num_devices in EVERY if args.every else ((args.topology, args.tensor_parallel_size),):
         device = f"compiled, not run: {num_devices} of {topology}"
         results = Results("tpu_memory", f"{device}, {args.model}", args.output)
-        fits &= measure(hf, topology, num_devices, args.max_model_len, results)
+        options = {
+            "tensor_parallel_size": num_devices,
+            "max_model_len": args.max_model_len,
+            "kv_cache_dtype": args.kv_cache_dtype,
+        }
+        fits &= measure(hf, topology, options, results)
     return 0 if fits else 1
 
 

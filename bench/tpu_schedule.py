@@ -12,6 +12,7 @@ block's copies, take less time than the block's transfer: above it, decode atten
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import re
 import subprocess
@@ -26,6 +27,9 @@ from jaxserve.config import compile_without_devices
 TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 _BUNDLE = re.compile(r"^\s*(?P<address>0x[0-9a-f]+|0)\s+(?:[A-Z]{2})?\s*:\s*(?P<depth>>*) ?\{(?P<text>.*)$")
 _ROWS, _PAGE, _KV_HEADS, _HEAD_DIM = 64, 128, 8, 128
+_BLOCK_BYTES, _BLOCK_TOKENS = 2**20, 512  # `tuned/tpu.json`, decode
+# Case -> dtype of the cache.
+CASES = {"decode_8b": "bfloat16", "decode_8b_int8": "int8", "decode_8b_fp8": "float8_e4m3fn"}
 
 
 class Bundle(NamedTuple):
@@ -84,22 +88,23 @@ def _pieces(bundles: list[Bundle], operation: str) -> list[list[Bundle]]:
     return [run for run in runs if any(operation in bundle.text for bundle in run)]
 
 
-def compile_attention(topology: str) -> None:
+def compile_attention(topology: str, kv_dtype: str) -> None:
     """Compiles the kernel alone; called in a process of its own."""
     import jax
     import jax.numpy as jnp
     import numpy as np
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+    from jaxserve.pallas_kernels.layout import KVPages
     from jaxserve.pallas_kernels.ragged_paged_attention.api import AttentionMetadata, ragged_paged_attention
     from jaxserve.platforms.tpu import topology_devices
 
     mesh = Mesh(np.array(topology_devices(topology)[:1]), ("x",))
 
-    def attend(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
-        q, k, v, pages, page_table, kv_lens, cu_q_lens = arrays
+    def attend(cache: KVPages, *arrays: jax.Array) -> tuple[jax.Array, KVPages]:
+        q, k, v, page_table, kv_lens, cu_q_lens = arrays
         metadata = AttentionMetadata(page_table, kv_lens, cu_q_lens, max_q_len=1)
-        return ragged_paged_attention(q, k, v, pages, metadata, scale=0.1, implementation="mosaic_tpu")
+        return ragged_paged_attention(q, k, v, cache, metadata, scale=0.1, implementation="mosaic_tpu")
 
     def array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
@@ -107,20 +112,29 @@ def compile_attention(topology: str) -> None:
     mapped = jax.shard_map(
         attend, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False
     )
-    jax.jit(mapped, donate_argnums=3).lower(
+    cache = jax.tree.map(lambda each: array(*each.shape, dtype=each.dtype), _layout(kv_dtype).shapes(1000))
+    jax.jit(mapped, donate_argnums=0).lower(
+        cache,
         array(_ROWS, 4 * _KV_HEADS, _HEAD_DIM),
         *[array(_ROWS, _KV_HEADS, _HEAD_DIM)] * 2,
-        array(1000, _PAGE, 2 * _KV_HEADS, _HEAD_DIM),
         *(array(*shape, dtype=jnp.int32) for shape in ((_ROWS, 64), (_ROWS,), (_ROWS + 1,))),
     ).compile()
 
 
-def dumped_schedule(topology: str) -> Schedule:
+def _layout(kv_dtype: str) -> Any:
+    import jax.numpy as jnp
+
+    from jaxserve.pallas_kernels.layout import KVLayout
+
+    return KVLayout(_PAGE, _KV_HEADS, _HEAD_DIM, jnp.dtype(kv_dtype))
+
+
+def dumped_schedule(topology: str, kv_dtype: str) -> Schedule:
     """Compiles in a process of its own, because libtpu reads its flags once, and reads what it wrote."""
     with tempfile.TemporaryDirectory() as folder:
         flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
         subprocess.run(
-            [sys.executable, __file__, "--compile", topology],
+            [sys.executable, __file__, "--compile", topology, "--kv-dtype", kv_dtype],
             env=os.environ
             | {"LIBTPU_INIT_ARGS": flags, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
             check=True,
@@ -140,26 +154,31 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--compile", metavar="TOPOLOGY", help=argparse.SUPPRESS)
+    parser.add_argument("--kv-dtype", default="bfloat16", help=argparse.SUPPRESS)
     add_output_flag(parser)
     args = parser.parse_args(argv)
     compile_without_devices()
     if args.compile:
-        compile_attention(args.compile)
+        compile_attention(args.compile, args.kv_dtype)
         return 0
     from jaxserve.platforms.tpu import CHIPS
 
-    block_bytes = 2**20  # `tuned/tpu.json`, decode
-    pages = block_bytes // (_PAGE * 2 * _KV_HEADS * _HEAD_DIM * 2)
-    for topology in TOPOLOGIES:
-        schedule = dumped_schedule(topology)
+    for topology, (case, kv_dtype) in itertools.product(TOPOLOGIES, CASES.items()):
+        schedule = dumped_schedule(topology, kv_dtype)
         chip = CHIPS[topology.partition(":")[0]]
+        page_bytes = _layout(kv_dtype).bytes_per_page()
+        pages = min(_BLOCK_BYTES // page_bytes, _BLOCK_TOKENS // _PAGE)
         bundles = schedule.compute + pages * schedule.per_page
-        transfer_ns = 1e9 * block_bytes * chip.cores / chip.hbm_bandwidth  # each core has its share
+        transfer_ns = 1e9 * pages * page_bytes * chip.cores / chip.hbm_bandwidth  # each core has its share
         results = Results("tpu_schedule", f"compiled, not run: {chip.name}", args.output)
-        more = {"kv_block_bytes": block_bytes, "starts_copies_first": schedule.starts_first}
-        results.add("decode_8b", "bundles_per_kv_block", bundles, "bundles", **more)
-        results.add("decode_8b", "kv_block_transfer_us", transfer_ns / 1e3, "us", **more)
-        results.add("decode_8b", "clock_to_hide_ghz", bundles / transfer_ns, "GHz", **more)
+        more = {
+            "kv_block_bytes": pages * page_bytes,
+            "kv_block_tokens": pages * _PAGE,
+            "starts_copies_first": schedule.starts_first,
+        }
+        results.add(case, "bundles_per_kv_block", bundles, "bundles", **more)
+        results.add(case, "kv_block_transfer_us", transfer_ns / 1e3, "us", **more)
+        results.add(case, "clock_to_hide_ghz", bundles / transfer_ns, "GHz", **more)
     return 0
 
 

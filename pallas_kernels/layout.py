@@ -31,6 +31,10 @@ class KVLayout:
     In row-major memory these are the same bytes; a TPU, which fills up rows to 128 elements, needs half the
     memory for heads of 64.
 
+    Folded, a page's tokens lie in ``folds`` parts side by side: with ``half = page_size // 2``, tokens ``i``
+    and ``half + i`` share a row of ``[num_pages, half, 2 * 2 * num_kv_heads, head_dim]``, in the order head,
+    part, key or value. A TPU copies whole 32-bit words of rows: so it can, where a token's own are less.
+
     An 8-bit cache (int8, float8_e4m3fn) has a second array, float32 ``[num_pages, 2 * num_kv_heads,
     page_size]``: the scale of each key and value, head-major within a page, so that one head's scales of a
     page are one contiguous run. A stored element stands for code times scale.
@@ -41,6 +45,7 @@ class KVLayout:
         head_dim: elements of one key.
         dtype: of the stored elements: float32, bfloat16, float16, int8 or float8_e4m3fn.
         is_packed: whether a head's key and value are one row.
+        folds: parts of a page that lie side by side; divides ``page_size``.
     """
 
     page_size: int
@@ -48,12 +53,15 @@ class KVLayout:
     head_dim: int
     dtype: jnp.dtype
     is_packed: bool = False
+    folds: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("page_size", "num_kv_heads", "head_dim"):
+        for name in ("page_size", "num_kv_heads", "head_dim", "folds"):
             value = getattr(self, name)
             if value < 1:
                 raise ValueError(f"{name}={value}: must be at least 1")
+        if self.page_size % self.folds:
+            raise ValueError(f"folds={self.folds}: must divide page_size={self.page_size}")
         dtype = jnp.dtype(self.dtype)
         is_float = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize in (2, 4)
         if not is_float and dtype not in LARGEST_CODE:
@@ -69,9 +77,9 @@ class KVLayout:
 
     def shape(self, num_pages: int) -> tuple[int, int, int, int]:
         """The shape of one layer's elements with this many pages, the null page included."""
-        if self.is_packed:
-            return (num_pages, self.page_size, self.num_kv_heads, 2 * self.head_dim)
-        return (num_pages, self.page_size, 2 * self.num_kv_heads, self.head_dim)
+        heads = self.num_kv_heads * self.folds
+        row = (heads, 2 * self.head_dim) if self.is_packed else (2 * heads, self.head_dim)
+        return (num_pages, self.page_size // self.folds, *row)
 
     def scales_shape(self, num_pages: int) -> tuple[int, int, int]:
         """The shape of one layer's scales with this many pages, of a layout that has them."""
@@ -86,7 +94,7 @@ class KVLayout:
         """One layer's cache as `jax.ShapeDtypeStruct`."""
         data: Any = jax.ShapeDtypeStruct(self.shape(num_pages), self.dtype)
         scales: Any = jax.ShapeDtypeStruct(self.scales_shape(num_pages), jnp.float32)
-        return KVPages(data, scales if self.has_scales else None, self.head_dim)
+        return KVPages(data, scales if self.has_scales else None, self.head_dim, self.folds)
 
 
 @jax.tree_util.register_dataclass
@@ -94,18 +102,19 @@ class KVLayout:
 class KVPages:
     """One layer's cache; a pytree.
 
-    The layout follows from the arrays: under `jax.shard_map` they hold fewer heads, and so it does. Only
-    ``head_dim`` must be told, because packed rows are twice as long.
+    The layout follows from the arrays, for under `jax.shard_map` they hold fewer heads. What they do not tell
+    is static.
 
     Attributes:
         data: the elements, see `KVLayout`.
         scales: float32 ``[num_pages, 2 * num_kv_heads, page_size]``; None unless ``data`` is 8-bit.
-        head_dim: elements of one key; static.
+        head_dim, folds: see `KVLayout`; static.
     """
 
     data: jax.Array
     scales: jax.Array | None
     head_dim: int = dataclasses.field(metadata={"static": True})
+    folds: int = dataclasses.field(default=1, metadata={"static": True})
 
     @property
     def layout(self) -> KVLayout:
@@ -119,14 +128,16 @@ class KVPages:
             raise ValueError(
                 f"kv_pages has shape {shape}: must be [num_pages, page_size, 2 * num_kv_heads, head_dim]"
             )
-        num_pages, page_size, rows, width = shape
+        num_pages, tokens, rows, width = shape
         is_packed = width == 2 * self.head_dim
-        if not is_packed and (width != self.head_dim or rows % 2):
+        rows_per_head = self.folds * (1 if is_packed else 2)
+        if width not in (self.head_dim, 2 * self.head_dim) or rows % rows_per_head:
             raise ValueError(
                 f"kv_pages has shape {shape}, for heads of {self.head_dim} elements: "
                 "must end in [2 * num_kv_heads, head_dim], or packed in [num_kv_heads, 2 * head_dim]"
             )
-        layout = KVLayout(page_size, rows if is_packed else rows // 2, self.head_dim, dtype, is_packed)
+        heads, page_size = rows // rows_per_head, tokens * self.folds
+        layout = KVLayout(page_size, heads, self.head_dim, dtype, is_packed, self.folds)
         if layout.has_scales != (self.scales is not None):
             must = "must have scales" if layout.has_scales else "must have no scales"
             raise ValueError(f"kv_pages is {dtype}: {must}")
@@ -138,10 +149,17 @@ class KVPages:
                 )
         return layout
 
-    def unpacked(self) -> KVPages:
-        """The same cache in the order that is not packed."""
-        layout = dataclasses.replace(self.layout, is_packed=False)
-        return dataclasses.replace(self, data=self.data.reshape(layout.shape(self.data.shape[0])))
+    def ordered(self, *, is_packed: bool = False, folds: int = 1) -> KVPages:
+        """The same cache in another order; folding and unfolding copies it."""
+        layout = self.layout
+        wanted = dataclasses.replace(layout, is_packed=is_packed, folds=folds)
+        data = self.data
+        if folds != self.folds:
+            size, last = layout.page_size, (layout.num_kv_heads, 2 * layout.head_dim)
+            by_line = data.reshape(-1, size // self.folds, last[0], self.folds, last[1])
+            by_token = by_line.transpose(0, 3, 1, 2, 4)
+            data = by_token.reshape(-1, folds, size // folds, *last).transpose(0, 2, 3, 1, 4)
+        return KVPages(data.reshape(wanted.shape(-1)), self.scales, self.head_dim, folds)
 
 
 def interleave(k: jax.Array, v: jax.Array) -> jax.Array:

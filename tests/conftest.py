@@ -27,6 +27,11 @@ hypothesis.settings.register_profile("default", deadline=None, derandomize="CI" 
 hypothesis.settings.load_profile("default")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--nightly``: run what is too long for every change, too."""
+    parser.addoption("--nightly", action="store_true", help="run tests that are marked nightly, too")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Compile each program once for all workers, and keep it for the next run; before the workers start."""
     if "JAX_COMPILATION_CACHE_DIR" in os.environ or not hasattr(config, "cache"):
@@ -54,6 +59,8 @@ def has_real_model() -> bool:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what this machine cannot run."""
+    if item.get_closest_marker("nightly") and not item.config.getoption("--nightly"):
+        pytest.skip("runs with --nightly")
     for device in ("gpu", "tpu"):
         if item.get_closest_marker(device) and backend() != device:
             pytest.skip(f"needs a {device.upper()}; JAX runs on {backend()} here")

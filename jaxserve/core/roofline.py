@@ -47,7 +47,8 @@ class ModelShape:
 
     Attributes:
         num_params: parameters that a token passes through, embeddings read by lookup not counted.
-        bytes_per_value: of weights and KV.
+        bytes_per_value: of weights, and of KV unless ``kv_bytes_per_value`` is given.
+        kv_bytes_per_value: with its share of a scale, if it has one.
     """
 
     name: str
@@ -58,6 +59,7 @@ class ModelShape:
     head_dim: int
     hidden_size: int
     bytes_per_value: int = 2
+    kv_bytes_per_value: float | None = None
 
     def is_alike(self, other: ModelShape) -> bool:
         """Whether steps of both take the same time: all but the name and how parameters are counted."""
@@ -69,8 +71,9 @@ class ModelShape:
         return self.num_params * self.bytes_per_value
 
     @property
-    def kv_bytes_per_token(self) -> int:
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.bytes_per_value
+    def kv_bytes_per_token(self) -> float:
+        each = self.bytes_per_value if self.kv_bytes_per_value is None else self.kv_bytes_per_value
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * each
 
 
 MODEL_SHAPES = {

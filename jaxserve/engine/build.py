@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
 import random
@@ -121,7 +122,7 @@ def build_engine(config: EngineConfig, *, progress: bool = True) -> Engine:
         model = load_model(config, progress=progress)
         resolved, runner = make_runner(config, model, progress=progress)
         opened.callback(runner.close)
-        prior = device_prior(model, resolved.dtype)
+        prior = device_prior(model, resolved)
         core = make_core(config, resolved, runner, runner.prepare, prior=prior, journals=journals)
         engine = make_engine(config, model, resolved, runner, core, on_close=opened.close)
         on_failure.pop_all()
@@ -239,11 +240,17 @@ def make_core[Handle](
     )
 
 
-def device_prior(model: LoadedModel, dtype: str) -> StepCost:
+def device_prior(model: LoadedModel, resolved: ResolvedConfig) -> StepCost:
     """Step times from the peaks of a device that is known, and the size of the model on it."""
-    mesh = model.placement.mesh
+    mesh, layout = model.placement.mesh, resolved.layout
     profile = known_device(mesh.devices.flat[0].device_kind)
-    return UnknownDevice() if profile is None else Roofline(profile, model_shape_of(model, dtype), mesh.size)
+    if profile is None:
+        return UnknownDevice()
+    shape = model_shape_of(model, resolved.dtype)
+    if layout.has_scales:
+        values = 2 * layout.page_size * layout.num_kv_heads * layout.head_dim
+        shape = dataclasses.replace(shape, kv_bytes_per_value=layout.bytes_per_page() / values)
+    return Roofline(profile, shape, mesh.size)
 
 
 def model_shape_of(model: LoadedModel, dtype: str) -> ModelShape:
@@ -307,7 +314,7 @@ def _describe(name: str, platform: str, num_devices: int, resolved: ResolvedConf
         "dtype": resolved.dtype,
         "slots": resolved.num_slots,
         "context": resolved.max_model_len,
-        "KV pages": f"{resolved.num_pages} x {resolved.layout.page_size} tokens",
+        "KV pages": f"{resolved.num_pages} x {resolved.layout.page_size} tokens, {resolved.layout.dtype}",
         "decode rows": resolved.ladder.decode_rows,
         "mixed tokens": resolved.ladder.mixed_tokens,
     }

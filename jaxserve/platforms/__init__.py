@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 
 from jaxserve.errors import ConfigError
+from jaxserve.pallas_kernels.layout import KVLayout
 
 
 class Platform(Protocol):
@@ -58,8 +59,8 @@ class Platform(Protocol):
         """Whether the host waits for the device at a branch inside a program."""
         ...
 
-    def packs_kv(self, num_kv_heads: int, head_dim: int, dtype: Any) -> bool:
-        """Whether a cache with these heads on a device is best stored packed (`KVLayout`)."""
+    def order_kv(self, layout: KVLayout) -> KVLayout:
+        """The same layout in the order that attention reads best here; its heads are one device's."""
         ...
 
     def cache_bytes(self, memory_fraction: float, device: jax.Device, reserve_bytes: int) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, final
+from typing import final
 
 import jax
 import psutil
+
+from jaxserve.pallas_kernels.layout import KVLayout
 
 # JAX writes the whole cache once at start; more than this makes small machines wait for pages they never use.
 _MOST_CACHE_BYTES = 2**30
@@ -25,8 +27,8 @@ class Cpu:
     pairs_single_rows = True
     branches_on_host = False
 
-    def packs_kv(self, num_kv_heads: int, head_dim: int, dtype: Any) -> bool:
-        return False
+    def order_kv(self, layout: KVLayout) -> KVLayout:
+        return layout
 
     def cache_bytes(self, memory_fraction: float, device: jax.Device, reserve_bytes: int) -> int:
         free = int(psutil.virtual_memory().available * memory_fraction / 3) - reserve_bytes

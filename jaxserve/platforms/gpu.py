@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, final
+from typing import final
 
 import jax
 
 from jaxserve.errors import ConfigError
+from jaxserve.pallas_kernels.layout import KVLayout
 
 
 @final
@@ -23,8 +24,8 @@ class Gpu:
     pairs_single_rows = False
     branches_on_host = True
 
-    def packs_kv(self, num_kv_heads: int, head_dim: int, dtype: Any) -> bool:
-        return False
+    def order_kv(self, layout: KVLayout) -> KVLayout:
+        return layout
 
     def cache_bytes(self, memory_fraction: float, device: jax.Device, reserve_bytes: int) -> int:
         return device_memory_left(memory_fraction, device, reserve_bytes)

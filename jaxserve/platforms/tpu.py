@@ -6,10 +6,10 @@ import dataclasses
 from typing import Any, final
 
 import jax
-import jax.numpy as jnp
 
 from jaxserve.errors import ConfigError
-from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_tpu import can_pack
+from jaxserve.pallas_kernels.layout import KVLayout
+from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_tpu import best_order
 from jaxserve.platforms.gpu import device_memory_left
 
 _GIB = 2**30
@@ -123,8 +123,14 @@ class Tpu:
     def __init__(self, planned_bytes: int | None = None) -> None:
         self._planned_bytes = planned_bytes
 
-    def packs_kv(self, num_kv_heads: int, head_dim: int, dtype: Any) -> bool:
-        return can_pack(num_kv_heads, head_dim, jnp.dtype(dtype))
+    def order_kv(self, layout: KVLayout) -> KVLayout:
+        try:
+            return best_order(layout)
+        except ValueError as error:
+            raise ConfigError(
+                f"page_size={layout.page_size}: {error}, with {layout.num_kv_heads} kv heads of "
+                f"{layout.head_dim} {layout.dtype} on a device"
+            ) from None
 
     def cache_bytes(self, memory_fraction: float, device: jax.Device, reserve_bytes: int) -> int:
         if self._planned_bytes is None:

@@ -67,11 +67,11 @@ def resolve(config: EngineConfig, platform: Platform, model: DecoderConfig, mesh
     ladder = _ladder(config, platform, num_slots)
     layout = KVLayout(
         config.cache.page_size or platform.default_page_size,
-        model.num_kv_heads,
+        model.num_kv_heads // mesh.size,
         model.head_dim,
         jnp.dtype(kv_dtype),
-        is_packed=platform.packs_kv(model.num_kv_heads // mesh.size, model.head_dim, kv_dtype),
     )
+    layout = dataclasses.replace(platform.order_kv(layout), num_kv_heads=model.num_kv_heads)
     wanted_len = config.model.max_model_len or model.max_position_embeddings
     if wanted_len > model.max_position_embeddings:
         raise ConfigError(

@@ -16,7 +16,7 @@ from jaxserve.models.params import declare
 
 
 class AttendFn[Cache](Protocol):
-    """Writes new keys and values to a layer's cache, whatever that is, and attends over what it then holds."""
+    """Writes new keys and values to a layer's cache, and attends over what that then holds."""
 
     def __call__(
         self, q: jax.Array, k: jax.Array, v: jax.Array, kv_cache: Cache, options: AttentionOptions

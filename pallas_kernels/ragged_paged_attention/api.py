@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Literal
 
 import jax
@@ -79,14 +78,13 @@ def ragged_paged_attention[Cache: (jax.Array, KVPages)](
         q,
         k,
         v,
-        cache.unpacked(),
+        cache,
         metadata,
         AttentionVariant(scale=scale, sliding_window=sliding_window, soft_cap=soft_cap),
         implementation=implementation,
         platform=jax.default_backend() if platform is None else platform,
     )
-    data = written.data.reshape(cache.data.shape)
-    return out, dataclasses.replace(written, data=data) if isinstance(kv_pages, KVPages) else data
+    return out, written if isinstance(kv_pages, KVPages) else written.data
 
 
 def _check_arrays(q: jax.Array, k: jax.Array, v: jax.Array, kv_pages: KVPages) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +21,13 @@ from jaxserve.pallas_kernels.layout import KVLayout, KVPages, encode
 from jaxserve.pallas_kernels.ragged_paged_attention.metadata import AttentionMetadata, token_places
 from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_tpu_blocks import VMEM_LIMIT_BYTES, choose_blocks
 from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_tpu_kernel import kernel
-from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_tpu_scales import ScalePages, merge_scales
 from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_tpu_types import LANES, KernelConfig
 from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_tpu_work import WorkList, make_work
+from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_tpu_writes import (
+    ScalePages,
+    merge_lines,
+    merge_scales,
+)
 from jaxserve.pallas_kernels.ragged_paged_attention.variant import AttentionVariant
 
 NAME = "ragged_paged_attention_tpu"
@@ -43,19 +48,20 @@ def ragged_paged_attention(
 ) -> tuple[jax.Array, KVPages]:
     """See `jaxserve.pallas_kernels.ragged_paged_attention.api.ragged_paged_attention`.
 
-    A cache with heads of 64 elements is best stored packed (`KVLayout.is_packed`): otherwise XLA copies it.
+    A cache is best stored in `best_order`, and an 8-bit one in pages of a multiple of 128 tokens: otherwise
+    XLA copies it, or its scales.
 
     Raises:
-        NotImplementedError: for float16 and 8-bit types, heads below 64 or above 256 elements, an odd number
-            of bfloat16 heads of 64, page tables that do not fit in scalar memory, and blocks that do not fit
-            in vector memory.
+        NotImplementedError: for float16, heads below 64 or above 256 elements, pages that cannot be folded
+            (`best_order`), page tables that do not fit in scalar memory, and blocks that do not fit in vector
+            memory.
     """
-    layout = kv_pages.layout
-    _check(q, layout, metadata)
+    stored = kv_pages.layout
+    layout = _check(q, stored, metadata)
+    kv_pages = kv_pages.ordered(is_packed=layout.is_packed, folds=layout.folds)
     num_tokens, q_heads, head_dim = q.shape
     words = 4 // q.dtype.itemsize
     group = -(-(q_heads // layout.num_kv_heads) // words) * words
-    is_packed = can_pack(layout.num_kv_heads, head_dim, layout.dtype)
     blocks = choose_blocks(layout, group, q.dtype.itemsize, metadata)
     work = make_work(metadata, num_tokens, blocks.q_tokens, blocks.cores)
     config = KernelConfig(
@@ -64,8 +70,9 @@ def ragged_paged_attention(
         max_pages=metadata.page_table.shape[1],
         kv_heads=layout.num_kv_heads,
         group=group,
-        width=2 * head_dim if is_packed else head_dim,
-        is_packed=is_packed,
+        width=2 * head_dim if layout.is_packed else head_dim,
+        is_packed=layout.is_packed,
+        folds=layout.folds,
         kv_dtype=layout.dtype,
         kv_pages=blocks.kv_pages,
         q_tokens=blocks.q_tokens,
@@ -73,44 +80,51 @@ def ragged_paged_attention(
         cores=blocks.cores,
         items_per_core=work.row.shape[0] // blocks.cores,
     )
-    cache = {"pages": kv_pages.data.reshape(-1, layout.page_size, config.rows_per_token, config.width)}
+    rows = (config.rows_per_line, config.width)
+    cache = {"pages": kv_pages.data.reshape(-1, config.part_size, *rows)}
     elements, new_scales = encode(k, v, layout.dtype)
     merged = None
     if kv_pages.scales is not None and new_scales is not None:
         cache["scales"] = kv_pages.scales
         merged = merge_scales(kv_pages.scales, new_scales, metadata)
-    new_kv = elements.reshape(num_tokens, config.rows_per_token, config.width)
+    new_kv = merge_lines(kv_pages, elements, metadata).reshape(num_tokens, *rows)
     out, cache = _call(config, work, metadata, _pack_queries(q, config, words), new_kv, merged, cache)
     out = _unpack_output(out, config, q.shape)
     is_real = token_places(metadata, num_tokens, layout.page_size).position >= 0
     data = cache["pages"].reshape(kv_pages.data.shape)
     written = dataclasses.replace(kv_pages, data=data, scales=cache.get("scales"))
+    written = written.ordered(is_packed=stored.is_packed, folds=stored.folds)
     return jnp.where(is_real[:, None, None], out, 0), written
 
 
-def can_pack(num_kv_heads: int, head_dim: int, dtype: jnp.dtype) -> bool:
-    """Whether a key and its value fill one row of lanes together, and tokens whole 32-bit words."""
-    return 2 * head_dim == LANES and num_kv_heads * dtype.itemsize % 4 == 0
+def best_order(layout: KVLayout) -> KVLayout:
+    """The same layout in the order that the kernel reads: whole rows of lanes, whole 32-bit words of rows."""
+    is_packed = 2 * layout.head_dim == LANES
+    rows = layout.num_kv_heads * (1 if is_packed else 2)
+    folds = 4 // math.gcd(rows * layout.dtype.itemsize, 4)
+    return dataclasses.replace(layout, is_packed=is_packed, folds=folds)
 
 
-def _check(q: jax.Array, layout: KVLayout, metadata: AttentionMetadata) -> None:
+def _check(q: jax.Array, layout: KVLayout, metadata: AttentionMetadata) -> KVLayout:
+    """The layout that the kernel wants; raises NotImplementedError for what it does not take."""
     if q.dtype not in _DTYPES:
         raise NotImplementedError(f"q is {q.dtype}: needs bfloat16 or float32")
     if layout.dtype not in _KV_DTYPES:
         raise NotImplementedError(f"kv_pages is {layout.dtype}: needs {', '.join(map(str, _KV_DTYPES))}")
     if not (64 <= layout.head_dim <= LANES or layout.head_dim == 2 * LANES):
         raise NotImplementedError(f"head_dim={layout.head_dim}: needs 64 to 128, or 256")
-    if 2 * layout.head_dim == LANES and not can_pack(layout.num_kv_heads, layout.head_dim, layout.dtype):
-        raise NotImplementedError(
-            f"{layout.num_kv_heads} kv heads of {layout.head_dim} {layout.dtype} on a device: needs an even "
-            "number, that tokens may be whole 32-bit words; fewer devices have more heads each"
-        )
     rows, max_pages = metadata.page_table.shape
     if 4 * rows * max_pages > _SMEM_BYTES:
         raise NotImplementedError(
             f"page_table is [{rows}, {max_pages}], {4 * rows * max_pages} bytes: scalar memory has room for "
             f"{_SMEM_BYTES}; a larger page_size needs fewer pages"
         )
+    try:
+        return best_order(layout)
+    except ValueError as error:
+        raise NotImplementedError(
+            f"{layout.num_kv_heads} kv heads of {layout.head_dim} {layout.dtype} on a device: {error}"
+        ) from None
 
 
 def _pack_queries(q: jax.Array, config: KernelConfig, words: int) -> jax.Array:

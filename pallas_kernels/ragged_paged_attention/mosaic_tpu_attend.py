@@ -228,25 +228,44 @@ def _accumulate(refs: Refs, head: Any, scores: jax.Array, values: jax.Array, sca
 def _loader(
     refs: Refs, config: KernelConfig, slot: jax.Array, exists: jax.Array | None
 ) -> Callable[[int], tuple[jax.Array, jax.Array]]:
-    """Gives a head's keys and values ``[kv_tokens, width]``, zeros where ``exists`` (if given) is false."""
+    """Gives a head's keys and values ``[kv_tokens, width]``; values are 0 where not ``exists``, if given.
+
+    Keys are not, because their scores are masked; nor codes of 8 bits: any is finite, and scales are masked.
+    """
     block, rows_per_word = refs.kv_ring.at[slot], 4 // jnp.dtype(config.kv_dtype).itemsize
+    rows_per_head = 1 if config.is_packed else 2
 
     @functools.cache  # two rows of bfloat16, or four of 8 bits, are loaded as one of words
     def load_words(index: int) -> jax.Array:
-        words = _words(block if rows_per_word == 1 else block.bitcast(jnp.uint32), config, index)
-        return words if exists is None else jnp.where(exists, words, jnp.zeros((), words.dtype))
+        return _words(block if rows_per_word == 1 else block.bitcast(jnp.uint32), config, index)
 
-    def load_row(row: int) -> jax.Array:
-        words = load_words(row // rows_per_word)
-        return _part(words, config.kv_dtype, row % rows_per_word).astype(refs.keys.dtype)
+    def load_row(head: int, which: int) -> jax.Array:
+        rows = [(head * config.folds + part) * rows_per_head + which for part in range(config.folds)]
+        parts = [
+            _part(load_words(row // rows_per_word), config.kv_dtype, row % rows_per_word) for row in rows
+        ]
+        return _joined(parts, config).astype(refs.keys.dtype)
+
+    def masked(values: jax.Array) -> jax.Array:
+        if exists is None or config.has_scales:
+            return values
+        return jnp.where(exists, values, jnp.zeros((), values.dtype))
 
     def load(head: int) -> tuple[jax.Array, jax.Array]:
         if config.is_packed:
-            row = load_row(head)
+            row = masked(load_row(head, 0))
             return row, row
-        return load_row(2 * head), load_row(2 * head + 1)
+        return load_row(head, 0), masked(load_row(head, 1))
 
     return load
+
+
+def _joined(parts: list[jax.Array], config: KernelConfig) -> jax.Array:
+    """The parts of every page, ``[kv_pages * part_size, width]`` each, one behind the other, page by page."""
+    if len(parts) == 1:
+        return parts[0]
+    pages = range(0, config.kv_pages * config.part_size, config.part_size)
+    return jnp.concatenate([part[page : page + config.part_size] for page in pages for part in parts])
 
 
 def _part(words: jax.Array, dtype: Any, index: int) -> jax.Array:
@@ -259,8 +278,8 @@ def _part(words: jax.Array, dtype: Any, index: int) -> jax.Array:
     top = pltpu.bitcast(words << (24 - 8 * index), jnp.int32)
     if dtype == jnp.int8:
         return (top >> 24).astype(jnp.float32)
-    # Of float8_e4m3fn no chip before TPU v7 knows: sign, exponent and mantissa go to their places in a float32,
-    # whose exponent then is 120 too low. What has exponent 0 is the mantissa times 2**-9.
+    # Not every chip knows float8_e4m3fn: sign, exponent and mantissa go to their places in a float32, whose
+    # exponent then is 120 too low. What has exponent 0 is the mantissa times 2**-9.
     bits = (top >> 4) & jnp.int32(0x07F00000)
     raised = pltpu.bitcast(bits + jnp.int32(120 << 23), jnp.float32)
     magnitude = jnp.where(bits < jnp.int32(8 << 20), (bits >> 20).astype(jnp.float32) * 2.0**-9, raised)
@@ -268,12 +287,12 @@ def _part(words: jax.Array, dtype: Any, index: int) -> jax.Array:
 
 
 def _words(block: Any, config: KernelConfig, index: int) -> jax.Array:
-    """One 32-bit row of every token of a block ``[kv_pages, page_size, words_per_token, width]``."""
-    length = config.kv_tokens
+    """One 32-bit row of every line of a block ``[kv_pages, part_size, words_per_line, width]``."""
+    length = config.kv_pages * config.part_size
     if not config.is_strided:
         return block[:, :, index, :].reshape(length, config.width)
-    rows = block.reshape(length * config.words_per_token, config.width)
-    return rows[index :: config.words_per_token, :]
+    rows = block.reshape(length * config.words_per_line, config.width)
+    return rows[index :: config.words_per_line, :]
 
 
 def _rows(ref: Any) -> tuple[Any, int]:

@@ -113,18 +113,19 @@ def _write_new(refs: Refs, config: KernelConfig, core: jax.Array) -> None:
     A core needs what it reads: its own single tokens, and all of the chunks, whose blocks the cores share. So
     two cores may write the same bytes to the same place, and neither waits for the other.
     """
-    _for_each_item(refs, config, core, lambda copy: copy.start())
-    _for_each_item(refs, config, core, lambda copy: copy.wait())
+    for part in range(config.folds):  # the tokens of a line bring the same line: not both at once
+        _for_each_item(refs, config, core, part, lambda copy: copy.start())
+        _for_each_item(refs, config, core, part, lambda copy: copy.wait())
 
 
-def _for_each_item(refs: Refs, config: KernelConfig, core: jax.Array, use: Any) -> None:
+def _for_each_item(refs: Refs, config: KernelConfig, core: jax.Array, part: int, use: Any) -> None:
     for owner in range(config.cores):
 
         def write_item(index: jax.Array, _: None, owner: int = owner) -> None:
             item = _item(refs, config, index)
             is_needed = (core == owner) | (item.count > 1)
-            pl.when(is_needed)(lambda: _for_each_run(refs, config, item, use))
-            if config.has_scales:
+            pl.when(is_needed)(lambda: _for_each_run(refs, config, item, part, use))
+            if config.has_scales and part == 0:
                 is_first = item.token == refs.cu_q_lens[item.row]
                 pl.when(is_needed & is_first)(lambda: _for_each_scale_page(refs, config, item.row, use))
 
@@ -132,26 +133,29 @@ def _for_each_item(refs: Refs, config: KernelConfig, core: jax.Array, use: Any) 
         lax.fori_loop(begin, begin + refs.num_items[owner], write_item, None)
 
 
-def _for_each_run(refs: Refs, config: KernelConfig, item: Item, use: Any) -> None:
-    first_column = lax.div(item.position, config.page_size)
-    end_column = pl.cdiv(item.end, config.page_size)
+def _for_each_run(refs: Refs, config: KernelConfig, item: Item, part: int, use: Any) -> None:
+    """Copies the lines of an item's tokens in a part of their pages; columns here are of parts."""
+    size = config.part_size
+    first_column = lax.div(item.position, size)
+    end_column = pl.cdiv(item.end, size)
+    first_column += lax.rem(part + config.folds - lax.rem(first_column, config.folds), config.folds)
 
-    def run_in_page(column: jax.Array, _: None) -> None:
-        start = jnp.maximum(item.position, column * config.page_size)
-        count = jnp.minimum(item.end, (column + 1) * config.page_size) - start
+    def run_in_part(index: jax.Array, _: None) -> None:
+        column = first_column + index * config.folds
+        start = jnp.maximum(item.position, column * size)
+        count = jnp.minimum(item.end, (column + 1) * size) - start
         if config.q_tokens == 1:
             count = 1
+        page = _page(refs, config, item.row, lax.div(column, config.folds))
         use(
             pltpu.make_async_copy(
                 refs.new_kv.at[pl.ds(item.token + start - item.position, count)],
-                refs.pages.at[
-                    _page(refs, config, item.row, column), pl.ds(start - column * config.page_size, count)
-                ],
+                refs.pages.at[page, pl.ds(start - column * size, count)],
                 refs.write_sem,
             )
         )
 
-    lax.fori_loop(first_column, end_column, run_in_page, None)
+    lax.fori_loop(0, pl.cdiv(end_column - first_column, config.folds), run_in_part, None)
 
 
 def _for_each_scale_page(refs: Refs, config: KernelConfig, row: jax.Array, use: Any) -> None:
@@ -216,7 +220,7 @@ def _for_each_page(
     end = jnp.minimum(pl.cdiv(item.end, config.page_size), first + config.kv_pages)
 
     def copy_page(column: jax.Array, _: None) -> None:
-        count = jnp.minimum(item.end - column * config.page_size, config.page_size)
+        count = jnp.minimum(item.end - column * config.page_size, config.part_size)
         page = _page(refs, config, item.row, column)
         if config.has_scales:
             ring = refs.scale_ring.at[slot, column - first]

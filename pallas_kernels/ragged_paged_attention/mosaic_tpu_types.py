@@ -24,6 +24,7 @@ class KernelConfig:
         kv_heads: key/value heads on this device.
         group: rows of queries a key/value head has per token: its query heads, rounded up to whole words.
         width: elements of a row: of a head, or of its key and value side by side if ``is_packed``.
+        folds: parts of a page whose tokens share rows (`KVLayout`).
         is_packed: a head's key and value are one row. Queries then have zeros where the values are, and of
             the output the half with the values counts: a matrix unit is wide enough for both at no cost.
         kv_dtype: of the cache; bfloat16, float32, int8 or float8_e4m3fn.
@@ -41,6 +42,7 @@ class KernelConfig:
     group: int
     width: int
     is_packed: bool
+    folds: int
     kv_dtype: Any
     kv_pages: int
     q_tokens: int
@@ -59,23 +61,28 @@ class KernelConfig:
         return self.kv_pages * self.page_size
 
     @property
-    def rows_per_token(self) -> int:
-        """Rows that one token's keys and values take in a page."""
-        return self.kv_heads * (1 if self.is_packed else 2)
+    def part_size(self) -> int:
+        """Tokens in a part of a page; a *line* of a page holds one token of each part."""
+        return self.page_size // self.folds
 
     @property
-    def words_per_token(self) -> int:
+    def rows_per_line(self) -> int:
+        """Rows that the keys and values of a line's tokens take in a page."""
+        return self.kv_heads * self.folds * (1 if self.is_packed else 2)
+
+    @property
+    def words_per_line(self) -> int:
         """The same in 32-bit rows: two of bfloat16 are one of those, or four of 8 bits."""
-        return self.rows_per_token * jnp.dtype(self.kv_dtype).itemsize // 4
+        return self.rows_per_line * jnp.dtype(self.kv_dtype).itemsize // 4
 
     @property
     def is_strided(self) -> bool:
         """Whether a head can be read from a block by one strided load.
 
-        Needs tokens without padding between them, so a power of two or whole registers of rows a token, and
+        Needs lines without padding between them, so a power of two or whole registers of rows a line, and
         rows of one register; otherwise heads are picked row by row, which is slower.
         """
-        rows = self.words_per_token
+        rows = self.words_per_line
         return (rows in (1, 2, 4) or rows % 8 == 0) and self.width <= LANES
 
 
@@ -93,11 +100,11 @@ class Refs(NamedTuple):
     kv_lens: Any  # [rows]
     cu_q_lens: Any  # [rows + 1]
     q: Any  # [kv_heads, tokens, group / words, words, width]
-    new_kv: Any  # [tokens, rows_per_token, width]
+    new_kv: Any  # [tokens, rows_per_line, width], each token's whole line
     pages_in: Any  # the same memory as `pages`
     out: Any  # like q
-    pages: Any  # [num_pages, page_size, rows_per_token, width]
-    kv_ring: Any  # [depth, kv_pages, page_size, rows_per_token, width]
+    pages: Any  # [num_pages, part_size, rows_per_line, width]
+    kv_ring: Any  # [depth, kv_pages, part_size, rows_per_line, width]
     q_ring: Any  # [depth, kv_heads, q_tokens, group / words, words, width]
     out_ring: Any  # [2, kv_heads, q_tokens, group / words, words, width]
     keys: Any  # [kv_heads, kv_tokens, width], in the dtype of the products

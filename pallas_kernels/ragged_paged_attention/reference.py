@@ -23,7 +23,7 @@ def ragged_paged_attention(
     variant: AttentionVariant,
 ) -> tuple[jax.Array, KVPages]:
     """See `jaxserve.pallas_kernels.ragged_paged_attention.api.ragged_paged_attention`."""
-    layout = kv_pages.layout
+    layout, kv_pages = kv_pages.layout, kv_pages.ordered()
     places = token_places(metadata, q.shape[0], layout.page_size)
     elements, new_scales = encode(k, v, layout.dtype)
     data = kv_pages.data.at[places.page, places.offset].set(elements, mode="drop")
@@ -49,7 +49,8 @@ def ragged_paged_attention(
         return jnp.where((positions >= 0)[:, None, None], attended, out)
 
     out = jax.lax.fori_loop(0, num_rows, add_row, jnp.zeros(q.shape, jnp.float32))
-    return out.astype(q.dtype), KVPages(data, scales, kv_pages.head_dim)
+    written = KVPages(data, scales, kv_pages.head_dim)
+    return out.astype(q.dtype), written.ordered(is_packed=layout.is_packed, folds=layout.folds)
 
 
 def _dense_attention(

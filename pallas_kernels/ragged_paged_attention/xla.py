@@ -58,8 +58,9 @@ def ragged_paged_attention(
     variant: AttentionVariant,
 ) -> tuple[jax.Array, KVPages]:
     """See `jaxserve.pallas_kernels.ragged_paged_attention.api.ragged_paged_attention`."""
-    places = token_places(metadata, q.shape[0], kv_pages.layout.page_size)
-    kv_pages = _write(kv_pages, k, v, places)
+    stored = kv_pages.layout
+    places = token_places(metadata, q.shape[0], stored.page_size)
+    kv_pages = _write(kv_pages.ordered(), k, v, places)
     if metadata.max_q_len == 1:
         blocks = _QueryBlocks(q[:, None], places.position[:, None], metadata.page_table[places.row])
         out = _attend(blocks, kv_pages, variant)[:, 0]
@@ -67,7 +68,7 @@ def ragged_paged_attention(
         out = _attend_chunks(q, kv_pages, metadata, variant)
         token, decoded = _attend_single_tokens(q, kv_pages, metadata, variant)
         out = out.at[token].set(decoded, mode="drop")
-    return out, kv_pages
+    return out, kv_pages.ordered(is_packed=stored.is_packed, folds=stored.folds)
 
 
 def _write(kv_pages: KVPages, k: jax.Array, v: jax.Array, places: TokenPlaces) -> KVPages:

@@ -117,18 +117,28 @@ def test_an_existing_folder_is_not_overwritten(tmp_path: Path, capsys) -> None:
 
 
 @needs_libtpu
-def test_a_plan_for_a_tpu_is_printed_from_a_config_alone(tmp_path: Path, capsys) -> None:
+def test_a_tpu_is_planned_and_compiled_for_from_a_config_alone(tmp_path: Path, capsys) -> None:
     config = TINY_CONFIG | {"head_dim": 128, "max_position_embeddings": 1024}
     (tmp_path / "config.json").write_text(json.dumps(config))
     sizes = ["--max-num-seqs=8", "--row-buckets=8", "--token-buckets=16", "--max-num-batched-tokens=16"]
+    sizes += ["--kv-cache-dtype=int8"]
     arguments = ["compile", f"--model={tmp_path}", "--topology=v6e:2x2", "--tensor-parallel-size=2", *sizes]
-    assert main.main(arguments) == 0
+    bundle = tmp_path / "bundle"
+    assert main.main([*arguments, f"--output={bundle}"]) == 0
     printed = capsys.readouterr().out
     assert "devices      2 x TPU v6 lite; each:" in printed
-    assert "65 of 128 tokens, 8192 tokens in all" in printed
+    assert "65 of 128 tokens, 8192 tokens in all, int8" in printed
     assert "decode     8" in printed
     assert "mixed     16" in printed
-    assert "0 copies of a cache, 0 host transfers" in printed
+    assert printed.count("0 copies of a cache, 0 host transfers") == 2
+    manifest = read_manifest(bundle)
+    assert (manifest.device_kind, manifest.topology) == ("TPU v6 lite", "v6e:2x2")
+    assert len([path for path in (bundle / "xla").iterdir() if path.name.startswith("jit_step")]) >= 2
+    pinned = with_bundle(EngineConfig.from_flat({"bundle": bundle}))
+    assert pinned.cache.kv_cache_dtype == "int8"
+    model = find_family(config).config_from_hf(config)
+    with pytest.raises(ConfigError, match="made for v6e:2x2; devices 'TPU v6 lite' there, 'cpu' here"):
+        check_devices(bundle, model, jax.devices()[:2])
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import random
@@ -210,6 +211,14 @@ def test_more_of_anything_takes_no_less_time() -> None:
     assert roofline.seconds(Bucket(64, 64), StepFeatures(64, 6400, 1e8, 65)) > base
     two = Roofline(device_profile("H200"), model_shape("llama-3-70b"), 2)
     assert two.seconds(Bucket(64, 64), StepFeatures(64, 6400, 0.0, 64)) > base
+
+
+def test_an_8_bit_cache_has_bytes_of_its_own() -> None:
+    shape = model_shape("llama-3-8b")
+    assert shape.kv_bytes_per_token == 2 * 32 * 8 * 128 * 2
+    eight_bit = dataclasses.replace(shape, kv_bytes_per_value=1 + 4 / 128)  # a float32 scale for 128 codes
+    assert eight_bit.kv_bytes_per_token == 2 * 32 * 8 * (128 + 4)
+    assert eight_bit.weight_bytes == shape.weight_bytes
 
 
 def test_profiles_and_shapes_are_found_by_name_and_written_down() -> None:

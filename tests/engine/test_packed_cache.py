@@ -1,12 +1,14 @@
-"""A packed KV cache, as TPUs have it for heads of 64, gives the same tokens as one that is not."""
+"""A packed or folded KV cache, as TPUs have them, gives the same tokens as one in plain order."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 from jaxserve import LLM, SamplingParams
+from jaxserve.pallas_kernels.layout import KVLayout
 from jaxserve.platforms.cpu import Cpu
 from tests.support.tiny_checkpoint import write_tiny_checkpoint
 
@@ -27,18 +29,18 @@ def answers(checkpoint: Path, tensor_parallel_size: int) -> list[list[int]]:
         return [list(output.outputs[0].token_ids) for output in llm.generate(["ab", "x" * 30, "q"], params)]
 
 
-@pytest.mark.parametrize("tensor_parallel_size", [2])
-def test_tokens_do_not_depend_on_packing(
-    tensor_parallel_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("folds", [1, 2])
+def test_tokens_do_not_depend_on_the_caches_order(
+    folds: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = write_tiny_checkpoint(tmp_path / "tiny")
-    want = answers(checkpoint, tensor_parallel_size)
+    want = answers(checkpoint, 2)
     asked: list[tuple[int, int]] = []
 
-    def packs(self, num_kv_heads, head_dim, dtype) -> bool:
-        asked.append((num_kv_heads, head_dim))
-        return True
+    def order(self, layout: KVLayout) -> KVLayout:
+        asked.append((layout.num_kv_heads, layout.head_dim))
+        return dataclasses.replace(layout, is_packed=True, folds=folds)
 
-    monkeypatch.setattr(Cpu, "packs_kv", packs)
-    assert answers(checkpoint, tensor_parallel_size) == want
-    assert asked == [(4 // tensor_parallel_size, 16)]
+    monkeypatch.setattr(Cpu, "order_kv", order)
+    assert answers(checkpoint, 2) == want
+    assert asked == [(4 // 2, 16)]

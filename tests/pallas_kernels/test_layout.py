@@ -42,9 +42,28 @@ def test_packed_is_the_same_bytes_in_another_shape() -> None:
     stored = pages.reshape(packed.shape(4))
     cache = KVPages(stored, None, 64)
     assert cache.layout == packed
-    np.testing.assert_array_equal(bits(cache.unpacked().data), bits(pages))
-    assert cache.unpacked().layout == plain
+    np.testing.assert_array_equal(bits(cache.ordered().data), bits(pages))
+    assert cache.ordered().layout == plain
     np.testing.assert_array_equal(bits(stored)[..., :64], bits(pages)[:, :, 0::2])  # keys
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+@pytest.mark.parametrize("folds", [2, 4])
+def test_folded_tokens_of_each_part_share_a_line(folds: int, is_packed: bool) -> None:
+    plain = KVLayout(8, 3, 16, jnp.dtype("float32"))
+    pages = random_bits(plain.shape(5), 3)
+    cache = KVPages(pages, None, 16).ordered(is_packed=is_packed, folds=folds)
+    layout = cache.layout
+    assert layout == KVLayout(8, 3, 16, jnp.dtype("float32"), is_packed, folds)
+    assert cache.data.shape == layout.shape(5)
+    lines = bits(cache.data).reshape(5, 8 // folds, 3, folds, 2, 16)
+    for token in range(8):
+        part, line = divmod(token, 8 // folds)
+        keys_and_values = lines[:, line, :, part].reshape(5, 6, 16)
+        np.testing.assert_array_equal(keys_and_values, bits(pages)[:, token])
+    np.testing.assert_array_equal(bits(cache.ordered().data), bits(pages))
+    other = cache.ordered(is_packed=not is_packed, folds=6 - folds)
+    np.testing.assert_array_equal(bits(other.ordered().data), bits(pages))
 
 
 @pytest.mark.parametrize("is_packed", [False, True])
@@ -143,6 +162,8 @@ def test_scatter_is_in_place_when_donated() -> None:
 def test_what_cannot_be_a_cache_is_refused() -> None:
     with pytest.raises(ValueError, match="page_size=0: must be at least 1"):
         KVLayout(0, 1, 64, jnp.dtype("float32"))
+    with pytest.raises(ValueError, match="folds=4: must divide page_size=6"):
+        KVLayout(6, 1, 64, jnp.dtype("float32"), folds=4)
     with pytest.raises(ValueError, match="dtype=int4: must be float32"):
         KVLayout(1, 1, 64, jnp.dtype("int4"))
     with pytest.raises(ValueError, match="kv_pages has shape"):

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
-from jaxserve.pallas_kernels.layout import KVLayout
+from jaxserve.pallas_kernels.layout import KVLayout, KVPages
 from jaxserve.pallas_kernels.ragged_paged_attention import mosaic_tpu, mosaic_tpu_kernel
 from jaxserve.pallas_kernels.ragged_paged_attention.api import AttentionMetadata, ragged_paged_attention
 from jaxserve.pallas_kernels.ragged_paged_attention.arg_specs import CORRECTNESS_SPECS, ArgSpec
 from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_tpu_blocks import choose_blocks, scratch_bytes
 from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_tpu_work import make_work
+from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_tpu_writes import merge_scales
 from tests.support import attention_oracle
 from tests.support.attention_inputs import make_step
 from tests.support.implementations import small_blocks
@@ -27,11 +28,17 @@ from tests.support.tpu_interpreter import races_found, simulated_tpu
 SPECS = {spec.name: spec for spec in CORRECTNESS_SPECS}
 
 
-def attend(spec: ArgSpec, dtype: str = "float32", *, stored: Any = None) -> tuple[float, np.ndarray]:
-    """The kernel's largest error (NaN if any), and the cache; inside `simulated_tpu`."""
-    step, arrays, metadata = make_step(spec, jnp.dtype(dtype))
+def attend(
+    spec: ArgSpec, dtype: str = "float32", kv_dtype: str = "", *, best_order: bool = False
+) -> tuple[float, KVPages]:
+    """The kernel's largest error (NaN if any), and the cache in plain order; inside `simulated_tpu`."""
+    step, (q, k, v, cache), metadata = make_step(spec, jnp.dtype(dtype), kv_dtype)
     scale = spec.head_dim**-0.5
-    pages = arrays[3] if stored is None else arrays[3].reshape(stored(arrays[3].shape))
+    cache = cache if isinstance(cache, KVPages) else KVPages(cache, None, spec.head_dim)
+    if best_order:
+        order = mosaic_tpu.best_order(cache.layout)
+        cache = cache.ordered(is_packed=order.is_packed, folds=order.folds)
+        assert cache.layout == order
     attention = functools.partial(
         ragged_paged_attention,
         scale=scale,
@@ -39,11 +46,20 @@ def attend(spec: ArgSpec, dtype: str = "float32", *, stored: Any = None) -> tupl
         soft_cap=spec.soft_cap,
         implementation="mosaic_tpu",
     )
-    out, pages = jax.jit(attention)(*arrays[:3], pages, metadata)
+    out, cache = jax.jit(attention)(q, k, v, cache, metadata)
     want = attention_oracle.attend(
         step, scale=scale, sliding_window=spec.sliding_window, soft_cap=spec.soft_cap
     )
-    return float(np.abs(np.asarray(out, np.float64) - want).max()), np.asarray(pages, np.float64)
+    return float(np.abs(np.asarray(out, np.float64) - want).max()), cache.ordered()
+
+
+def check_written(cache: KVPages, spec: ArgSpec, dtype: str, kv_dtype: str = "") -> None:
+    """All pages but the null page hold what the oracle wrote."""
+    data, scales = attention_oracle.written_cache(make_step(spec, jnp.dtype(dtype), kv_dtype)[0])
+    np.testing.assert_array_equal(np.asarray(cache.data, np.float64)[1:], data[1:])
+    assert (cache.scales is None) == (scales is None)
+    if cache.scales is not None and scales is not None:
+        np.testing.assert_array_equal(np.asarray(cache.scales, np.float64)[1:], scales[1:])
 
 
 @pytest.fixture
@@ -74,17 +90,50 @@ def test_sizes_for_real_contexts_give_the_same() -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_packed_cache_is_attended_and_written(dtype: str, blocks_are_small: None) -> None:
-    spec = SPECS["mixed"]
     with simulated_tpu():
-        error, pages = attend(spec, dtype, stored=lambda s: (*s[:2], s[2] // 2, 2 * s[3]))
-    step, _, _ = make_step(spec, jnp.dtype(dtype))
+        error, cache = attend(SPECS["mixed"], dtype, best_order=True)
     assert error <= ATTENTION_TOLERANCE[dtype]
-    written = attention_oracle.written_pages(step)
-    np.testing.assert_array_equal(pages, written.reshape(pages.shape))
+    check_written(cache, SPECS["mixed"], dtype)
 
 
+# Less than a word a token. Chunks that begin and end in either part of a page, or fill it, and single tokens.
+FOLDED_ROWS = ((1, 30), (1, 17), (0, 0), (5, 9), (19, 19), (35, 150), (1, 1), (10, 26))
+
+
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "dtype", "kv_dtype", "folds"),
+    [
+        (1, 64, "bfloat16", "", 2),
+        (3, 64, "bfloat16", "", 2),
+        (1, 128, "float32", "int8", 2),
+        (1, 128, "bfloat16", "float8_e4m3fn", 2),
+        (1, 64, "float32", "int8", 4),
+        (2, 64, "float32", "int8", 2),
+        (1, 256, "float32", "int8", 2),
+    ],
+)
+def test_a_folded_cache_is_attended_and_written(
+    heads: int, head_dim: int, dtype: str, kv_dtype: str, folds: int, blocks_are_small: None
+) -> None:
+    spec = ArgSpec(
+        name="folded",
+        rows=FOLDED_ROWS,
+        num_q_heads=2 * heads,
+        num_kv_heads=heads,
+        head_dim=head_dim,
+        padding_tokens=3,
+    )
+    layout = KVLayout(16, heads, head_dim, jnp.dtype(kv_dtype or dtype))
+    assert mosaic_tpu.best_order(layout).folds == folds
+    with simulated_tpu():
+        error, cache = attend(spec, dtype, kv_dtype, best_order=True)
+    assert error <= ATTENTION_TOLERANCE[dtype]
+    check_written(cache, spec, dtype, kv_dtype)
+
+
+@pytest.mark.parametrize("kv_dtype", ["", "int8"])
 @pytest.mark.parametrize("name", ["mixed", "decode_page_borders", "decode_all_empty"])
-def test_two_cores_share_the_work(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_cores_share_the_work(name: str, kv_dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both write the chunks' tokens, the same bytes: to the simulator that is a race."""
 
     def blocks(*args):
@@ -92,10 +141,9 @@ def test_two_cores_share_the_work(name: str, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(mosaic_tpu, "choose_blocks", blocks)
     with simulated_tpu(may_race=name == "mixed", num_cores_or_threads=2):
-        error, pages = attend(SPECS[name])
+        error, cache = attend(SPECS[name], kv_dtype=kv_dtype)
     assert error <= ATTENTION_TOLERANCE["float32"]
-    step, _, _ = make_step(SPECS[name], jnp.dtype("float32"))
-    np.testing.assert_array_equal(pages, attention_oracle.written_pages(step))
+    check_written(cache, SPECS[name], "float32", kv_dtype)
 
 
 # --- mistakes that must be caught ---------------------------------------------------------------------------
@@ -110,7 +158,7 @@ def pages_not_waited_for(original):
 
 def new_tokens_not_waited_for(original):
     def write(refs, config, core) -> None:
-        mosaic_tpu_kernel._for_each_item(refs, config, core, lambda copy: copy.start())
+        mosaic_tpu_kernel._for_each_item(refs, config, core, 0, lambda copy: copy.start())
 
     return write
 
@@ -139,6 +187,29 @@ def the_next_slots_semaphore(original):
     )
 
 
+def scales_not_written(original):
+    return lambda *args: None
+
+
+def scales_of_the_page_before(original):
+    """A row's page gets the scales of the page before it."""
+
+    def write(refs, config, row, use) -> None:
+        original(refs._replace(first_scales=Shifted(refs.first_scales)), config, row, use)
+
+    return write
+
+
+class Shifted:
+    """Where rows' scales begin, one too low."""
+
+    def __init__(self, values) -> None:
+        self._values = values
+
+    def __getitem__(self, index):
+        return jnp.maximum(self._values[index] - 1, 0)
+
+
 def nothing_fetched(original):
     return lambda refs, config, cursor: cursor
 
@@ -161,6 +232,17 @@ def test_a_planted_mistake_is_caught(
     with simulated_tpu(may_race=True, dma_execution_mode=mode):
         error, _ = attend(SPECS["mixed"])
         assert races_found() or not error <= ATTENTION_TOLERANCE["float32"]
+
+
+@pytest.mark.parametrize("plant", [scales_not_written, scales_of_the_page_before])
+def test_planted_mistakes_with_scales_are_caught(
+    plant: Any, blocks_are_small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "_for_each_scale_page"
+    monkeypatch.setattr(mosaic_tpu_kernel, name, plant(getattr(mosaic_tpu_kernel, name)))
+    with simulated_tpu():
+        error, _ = attend(SPECS["mixed"], kv_dtype="int8")
+    assert not error <= 4 * ATTENTION_TOLERANCE["float32"]
 
 
 @pytest.mark.parametrize(
@@ -236,6 +318,31 @@ def test_work_is_dealt_out_to_cores_evenly_by_kind(max_q_len: int) -> None:
         assert abs(dealt[0] - dealt[1]) <= 1
 
 
+# --- what it writes -----------------------------------------------------------------------------------------
+
+
+def test_scales_are_merged_into_whole_pages() -> None:
+    """Pages of four: row 0 adds its sixth token, row 2 tokens 3 to 8 of pages 5, 6 and 7; by hand."""
+    scales = jnp.asarray(np.arange(10 * 2 * 4, dtype=np.float32).reshape(10, 2, 4))
+    new = jnp.asarray(-np.arange(1, 19, dtype=np.float32).reshape(9, 2))
+    metadata = AttentionMetadata(
+        page_table=jnp.asarray([[3, 4, 0], [0, 0, 0], [5, 6, 7]], jnp.int32),
+        kv_lens=jnp.asarray([6, 0, 9], jnp.int32),
+        cu_q_lens=jnp.asarray([0, 1, 1, 7], jnp.int32),  # the last two tokens are padding
+        max_q_len=9,
+    )
+    merged = jax.jit(merge_scales)(scales, new, metadata)
+    assert merged.first.tolist() == [0, 1, 1]
+    want = np.asarray(scales)[[4, 5, 6, 7]].copy()
+    values = np.asarray(new)
+    want[0, :, 1] = values[0]
+    want[1, :, 3] = values[1]
+    want[2] = values[2:6].T
+    want[3, :, 0] = values[6]
+    np.testing.assert_array_equal(np.asarray(merged.pages)[:4], want)
+    assert not (np.asarray(merged.pages)[4:] < 0).any()
+
+
 # --- what it refuses ----------------------------------------------------------------------------------------
 
 
@@ -246,9 +353,9 @@ def test_work_is_dealt_out_to_cores_evenly_by_kind(max_q_len: int) -> None:
         ({"head_dim": 192}, "float32", r"head_dim=192: needs 64 to 128, or 256"),
         ({}, "float16", r"q is float16: needs bfloat16 or float32"),
         (
-            {"num_q_heads": 3, "num_kv_heads": 1},
+            {"num_q_heads": 3, "num_kv_heads": 1, "page_size": 1},
             "bfloat16",
-            r"1 kv heads of 64 bfloat16 .* needs an even number",
+            r"1 kv heads of 64 bfloat16 on a device: folds=2: must divide page_size=1",
         ),
     ],
 )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
 
+import jax.numpy as jnp
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxserve.errors import ConfigError
+from jaxserve.pallas_kernels.layout import KVLayout
 from jaxserve.platforms.tpu import CHIPS, Tpu, chip_of, topology_devices
 
 VERSIONS = {"v5e": "TPU_V5E", "v5p": "TPU_V5P", "v6e": "TPU_V6E", "tpu7x": "TPU_7X"}
@@ -35,9 +38,34 @@ def test_a_chip_is_found_by_its_kind() -> None:
         topology_devices("v4:2x2x1")
 
 
-def test_only_heads_that_fill_half_a_row_are_packed() -> None:
-    tpu = Tpu()
-    assert tpu.packs_kv(8, 64, "bfloat16")
-    assert tpu.packs_kv(3, 64, "float32")
-    assert not tpu.packs_kv(1, 64, "bfloat16"), "half a word"
-    assert not tpu.packs_kv(8, 128, "bfloat16")
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "dtype", "is_packed", "folds"),
+    [
+        (8, 64, "bfloat16", True, 1),
+        (3, 64, "float32", True, 1),
+        (8, 128, "bfloat16", False, 1),
+        (1, 128, "bfloat16", False, 1),
+        (1, 64, "bfloat16", True, 2),
+        (8, 128, "int8", False, 1),
+        (1, 128, "int8", False, 2),
+        (1, 64, "int8", True, 4),
+        (3, 64, "float8_e4m3fn", True, 4),
+    ],
+)
+def test_rows_are_whole_and_words_too(
+    heads: int, head_dim: int, dtype: str, is_packed: bool, folds: int
+) -> None:
+    layout = KVLayout(128, heads, head_dim, jnp.dtype(dtype))
+    ordered = Tpu().order_kv(layout)
+    assert ordered == dataclasses.replace(layout, is_packed=is_packed, folds=folds)
+    _, _, rows, width = ordered.shape(1)
+    assert width % 128 == 0
+    assert rows * ordered.dtype.itemsize % 4 == 0
+    assert ordered.bytes_per_page() == layout.bytes_per_page()
+
+
+def test_pages_too_small_to_be_folded_are_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"page_size=2: folds=4: must divide page_size=2, with 1 kv heads of 64 "
+    ):
+        Tpu().order_kv(KVLayout(2, 1, 64, jnp.dtype("int8")))

@@ -47,13 +47,14 @@ NUM_LAYERS = 2
 
 
 @functools.cache
-def compiled(model: str, topology: str, tensor_parallel_size: int, tokens: int):
+def compiled(model: str, topology: str, tensor_parallel_size: int, tokens: int, kv_cache_dtype: str):
     """A step of 64 slots: its report, and what was planned."""
     hf: Any = {"8b": LLAMA_8B, "1b": LLAMA_1B}[model]
     config = EngineConfig.from_flat(
         {
             "tensor_parallel_size": tensor_parallel_size,
             "attention": "mosaic_tpu",
+            "kv_cache_dtype": kv_cache_dtype,
             "max_num_seqs": 64,
             "row_buckets": (64,),
             "token_buckets": (512,),
@@ -67,16 +68,19 @@ def compiled(model: str, topology: str, tensor_parallel_size: int, tokens: int):
 
 
 CASES = [
-    ("8b", "v6e:2x2", 1, 64),
-    ("8b", "v6e:2x4", 8, 512),
-    ("1b", "v6e:2x2", 1, 512),
+    ("8b", "v6e:2x2", 1, 64, "auto"),
+    ("8b", "v6e:2x4", 8, 512, "auto"),
+    ("8b", "v6e:2x4", 8, 64, "int8"),  # one head a device: folded pages
+    ("1b", "v6e:2x2", 1, 512, "auto"),
 ]
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("model", "topology", "num_devices", "tokens"), CASES)
-def test_a_step_keeps_its_cache_in_place(model: str, topology: str, num_devices: int, tokens: int) -> None:
-    report, planned, resolved = compiled(model, topology, num_devices, tokens)
+@pytest.mark.parametrize(("model", "topology", "num_devices", "tokens", "kv_cache_dtype"), CASES)
+def test_a_step_keeps_its_cache_in_place(
+    model: str, topology: str, num_devices: int, tokens: int, kv_cache_dtype: str
+) -> None:
+    report, planned, resolved = compiled(model, topology, num_devices, tokens, kv_cache_dtype)
     page_bytes = resolved.layout.bytes_per_page() // num_devices
     caches = NUM_LAYERS * resolved.num_pages * page_bytes
     assert report.custom_calls["tpu_custom_call"] == NUM_LAYERS
@@ -92,7 +96,7 @@ def test_a_step_keeps_its_cache_in_place(model: str, topology: str, num_devices:
 @pytest.mark.parametrize("tokens", [512])
 def test_a_sharded_step_talks_twice_a_layer(tokens: int) -> None:
     """After attention and the feed-forward layer, and once for the embedding; the sampler says little."""
-    report, _, _ = compiled("8b", "v6e:2x4", 8, tokens)
+    report, _, _ = compiled("8b", "v6e:2x4", 8, tokens, "auto")
     activations = Collective("all-reduce", tokens * LLAMA_8B["hidden_size"] * 2)
     assert report.collectives[activations] == 2 * NUM_LAYERS + 1
     rest = [collective for collective in report.collectives if collective != activations]
@@ -102,12 +106,12 @@ def test_a_sharded_step_talks_twice_a_layer(tokens: int) -> None:
 
 @pytest.mark.timeout(600)
 def test_a_step_on_one_chip_talks_to_nobody() -> None:
-    assert not compiled("8b", "v6e:2x2", 1, 64)[0].collectives
+    assert not compiled("8b", "v6e:2x2", 1, 64, "auto")[0].collectives
 
 
 def test_pages_are_planned_from_what_is_left() -> None:
     """Memory for programs, less weights, less the step's own estimate, which must not be too small."""
-    _, planned, resolved = compiled("8b", "v6e:2x2", 1, 64)
+    _, planned, resolved = compiled("8b", "v6e:2x2", 1, 64, "auto")
     assert planned.bytes_per_device == sum(array.size * 2 for array in planned.params.values())
     most_useful = 64 * 8192 // 128 + 1
     assert resolved.num_pages == most_useful

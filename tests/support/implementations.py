@@ -28,7 +28,9 @@ EAGER = ("mosaic_gpu",) if "mosaic_gpu" in SIMULATED else ()
 REFUSED_DTYPES = {"mosaic_tpu": ("float16",), "mosaic_gpu": ("float32",)}
 
 # 8-bit caches that an implementation takes.
-KV_DTYPES = dict.fromkeys(("reference", "xla", "mosaic_tpu"), ("int8", "float8_e4m3fn"))
+KV_DTYPES: dict[str, tuple[str, ...]] = dict.fromkeys(
+    ("reference", "xla", "mosaic_tpu"), ("int8", "float8_e4m3fn")
+)
 
 # Cuts rows where the load says so: another batch rounds a row differently.
 LOAD_DEPENDENT = ("mosaic_gpu",)

@@ -27,11 +27,11 @@ def devices(topology: str) -> tuple[Any, ...]:
     return tuple(topology_devices(topology))
 
 
-def compile_on_one(generation: str, function: Any, *args: jax.ShapeDtypeStruct, donate: int) -> Any:
-    """Compiles a function of arrays for one device."""
+def compile_on_one(generation: str, function: Any, *args: Any, donate: int) -> Any:
+    """Compiles a function of arrays, or trees of them, for one device."""
     mesh = Mesh(np.array(devices(generation)[:1]), ("x",))
     on_device = NamedSharding(mesh, PartitionSpec())
-    here = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=on_device) for a in args]
+    here = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=on_device), args)
     mapped = jax.shard_map(
         function, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False
     )

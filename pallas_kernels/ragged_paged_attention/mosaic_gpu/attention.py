@@ -39,10 +39,9 @@ def ragged_paged_attention(
         interpret: runs in Pallas's interpreters, on any device.
     """
     _check(q, kv_pages)
-    pages = kv_pages.data
     num_ctas = _INTERPRETED_CTAS if interpret else _num_multiprocessors()
     launch = Launch(num_ctas, interpret)
-    tokens = q.shape[0]
+    pages, tokens = kv_pages.data, q.shape[0]
     heads = heads_of(q, pages)
     places = token_places(metadata, tokens, kv_pages.layout.page_size)
     pages = write(pages, k, v, places, interpret=interpret)
@@ -82,8 +81,8 @@ def _check(q: jax.Array, kv_pages: KVPages) -> None:
         )
     layout = kv_pages.layout
     page_size, head_dim = layout.page_size, layout.head_dim
-    if layout.is_packed:
-        raise NotImplementedError("kv_pages is packed: must not be")
+    if layout.is_packed or layout.folds > 1:
+        raise NotImplementedError("kv_pages is packed or folded: must not be")
     if page_size < 8 or page_size & (page_size - 1):
         raise NotImplementedError(f"page_size={page_size}: must be a power of two, 8 or more")
     if head_dim % 32 or head_dim > 256:
