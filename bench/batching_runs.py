@@ -129,5 +129,9 @@ class Runners:
 
 
 def offline_config(options: dict[str, Any], num_requests: int) -> EngineConfig:
-    """A configuration under which every request may wait in the queue."""
-    return EngineConfig.from_flat({"max_queued_requests": num_requests} | options)
+    """Every request may wait in the queue, and computes all of its prompt, unless options say otherwise.
+
+    Repeated runs have the same prompts, and traces of lengths do not say which prompts begin alike.
+    """
+    defaults = {"max_queued_requests": num_requests, "enable_prefix_caching": False}
+    return EngineConfig.from_flat(defaults | options)

@@ -29,13 +29,13 @@ from typing import Any
 
 import psutil
 
+from bench.batching_runs import offline_config
 from bench.real_engine import RealEngine, noisy, real_engine
 from bench.results import Results, add_output_flag, int_list, jax_device
 from bench.shapes import add_shape_flag, model_of, prompt_source
 from bench.sim_vs_real import compare, part_of, wall_error
 from bench.workloads import Item, PromptSource, Workload, scaled, stretched, synthetic_trace
 from jaxserve.cli.arguments import CommandParser, add_engine_flags, engine_options
-from jaxserve.config import EngineConfig
 from jaxserve.core.cost_model import CostModel, mean_absolute_percentage_error
 from jaxserve.core.roofline import DeviceProfile, Roofline, known_device
 from jaxserve.engine.build import LoadedModel, model_shape_of
@@ -116,8 +116,7 @@ def main(argv: list[str] | None = None) -> int:
     """Measures, fits, serves what the fit has not seen, writes the profile."""
     args = _parser().parse_args(argv)
     start = time.perf_counter()
-    options = {"max_queued_requests": max(args.requests, *args.rows)} | engine_options(args)
-    config = EngineConfig.from_flat(options)
+    config = offline_config(engine_options(args), max(args.requests, *args.rows))
     model = model_of(config, args.shape)
     results = Results("calibrate", jax_device(), args.output)
     prompts = prompt_source(model, args.shape, None, args.bench_seed)

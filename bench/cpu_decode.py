@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from typing import Any
 
 import numpy as np
 
@@ -80,7 +81,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.new_tokens < 2:
         parser.error("--new-tokens must be at least 2")
-    options = engine_options(args, without=_NOT_HERE)
+    # The same prompts come again and again: they are to be computed each time.
+    options: dict[str, Any] = {"enable_prefix_caching": False} | engine_options(args, without=_NOT_HERE)
     page_size = options.get("page_size", 16)
     longest = -(-(args.prompt_tokens + args.new_tokens) // page_size) * page_size
     with LLM(max_num_seqs=max(args.batch), max_model_len=longest, use_tqdm=False, **options) as llm:

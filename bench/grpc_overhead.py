@@ -18,7 +18,7 @@ import asyncio
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from bench.cpu_decode import random_prompts
 from bench.measures import inter_token_latencies, percentile
@@ -98,7 +98,9 @@ def make_parser() -> CommandParser:
 def main(argv: list[str] | None = None) -> int:
     """Measures both ways on one engine."""
     args = make_parser().parse_args(argv)
-    options = {"max_num_seqs": args.streams} | engine_options(args, without=_NOT_HERE)
+    # The same prompts come again and again: they are to be computed each time.
+    defaults: dict[str, Any] = {"max_num_seqs": args.streams, "enable_prefix_caching": False}
+    options = defaults | engine_options(args, without=_NOT_HERE)
     page_size = options.get("page_size", 16)
     longest = -(-(args.prompt_tokens + args.new_tokens) // page_size) * page_size
     llm = AsyncLLM(max_model_len=longest, use_tqdm=False, **options)

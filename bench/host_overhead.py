@@ -94,6 +94,7 @@ class Bench:
             page_size=page_size,
             watermark_pages=0,
             max_queued_requests=running,
+            prefix_caching=True,
         )
         self._costs = CostModel(UnknownDevice())
         self.scheduler = assemble(assembly, self._costs)

@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.batching_runs import offline_config
 from bench.measures import RequestTimes, summary
 from bench.real_engine import RealEngine, noisy, real_engine
 from bench.results import Results
 from bench.shapes import model_of, prompt_source
 from bench.sim_vs_real import POLICIES, part_of, simulated_like, wall_error
 from bench.workloads import Workload, at_once, conversation_workload, stretched
-from jaxserve.config import EngineConfig
 from jaxserve.core.cost_model import CostModel, mean_absolute_percentage_error
 from jaxserve.simulator.calibration import cluster_like, samples_of
 from jaxserve.simulator.cluster import Cluster
@@ -89,7 +89,7 @@ class Sweep:
 
 def run(args: argparse.Namespace, options: dict[str, Any], results: Results, traces: Path | None) -> None:
     """Sweeps the loads and policies asked for with the model of ``args.shape``, or the configured one."""
-    config = EngineConfig.from_flat({"max_queued_requests": args.requests} | options)
+    config = offline_config(options, args.requests)
     model = model_of(config, args.shape)
     prompts = prompt_source(model, args.shape, traces, args.bench_seed)
     whole = conversation_workload(

@@ -10,7 +10,8 @@ is in each record. Parts:
 - ``bursts``: chats that decode while long prompts come in bursts: compositions, and no chunking at all.
 - ``fairness``: two clients that always wait, one asking for ten times as much.
 - ``starvation``: a long request among short ones that come faster than they can be served.
-- ``ladder``: static, dynamic, iteration-level, chunked, searched chunks, predicted order; several workloads.
+- ``ladder``: static, dynamic, iteration level, pages, chunks, searched chunks, predicted order; several
+  workloads, 32 and 256 slots.
 - ``decisions``: CPU milliseconds of one decision at 256 running and 10,000 waiting requests.
 - ``scale``: seconds to simulate 100,000 requests on eight engines.
 - ``sweep``: policies by load on the real engine, beside the simulator (`load_sweep.py`); only if named.
@@ -19,6 +20,7 @@ is in each record. Parts:
 from __future__ import annotations
 
 import argparse
+import itertools
 import resource
 import sys
 import time
@@ -43,6 +45,7 @@ from jaxserve.simulator.trace import TraceRequest, at_once, at_rate, poisson, re
 
 BUCKETS = (64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048)
 SWEEP = "sweep"
+_PAGE, _RESERVED = 16, 8192  # tokens of a KV page; without paging, of a request's place
 _REQUESTS, _SWEEP_REQUESTS = 4000, 150
 _SET_HERE = frozenset({"ordering", "max_wait_s", "seed"})
 CONVERSATION, CODE, SUMMARIES = "azure2023_conv", "azure2023_code", "arxiv_summarization_lengths"
@@ -75,12 +78,15 @@ class Bench:
         *,
         predictor: str = "mean",
         noise_seed: int = 0,
+        page_size: int = _PAGE,
         **scheduler: Any,
     ) -> tuple[Cluster, SimulationResult]:
         """Runs a trace on one H100 with 8B shapes; ``scheduler`` are fields of `SchedulerConfig`."""
         slots, budget = scheduler.get("max_num_seqs", 256), scheduler.get("max_num_batched_tokens", 2048)
         buckets = tuple(n for n in (*BUCKETS, 4096, 8192, 16384) if slots < n <= budget)
-        cluster = make_cluster(ClusterConfig(token_buckets=buckets), SchedulerConfig(**scheduler))
+        cluster = make_cluster(
+            ClusterConfig(token_buckets=buckets, page_size=page_size), SchedulerConfig(**scheduler)
+        )
         options = SimulationOptions(predictor=predictor, seed=noise_seed, pipeline_depth=1)
         return cluster, simulate(trace, cluster, options)
 
@@ -229,26 +235,33 @@ def wait_bound_s(result: SimulationResult, cap_s: float) -> float:
 
 
 def ladder(bench: Bench) -> None:
-    """Each rung adds one thing to the one before; negative steps stay in."""
-    rungs: list[tuple[str, str, dict[str, Any]]] = [
-        ("static", "mean", {"batching": "static", "max_num_batched_tokens": 16384}),
-        ("dynamic", "mean", {"batching": "dynamic", "max_num_batched_tokens": 16384}),
-        ("iteration-level", "mean", {"max_num_batched_tokens": 16384}),
-        ("chunked", "mean", {}),
-        ("searched-chunks", "mean", {"composition": "slo", "tpot_slo_s": 0.04}),
-        ("sjf-mean-length", "mean", {"composition": "slo", "tpot_slo_s": 0.04, "ordering": "sjf"}),
-        ("sjf-noisy", "noisy", {"composition": "slo", "tpot_slo_s": 0.04, "ordering": "sjf"}),
-        ("sjf-oracle", "oracle", {"composition": "slo", "tpot_slo_s": 0.04, "ordering": "sjf"}),
+    """Each rung adds one thing to the one before; negative steps stay in.
+
+    Before the rung ``paged`` every request reserves memory for the longest there may be, as one page.
+    """
+    whole = {"max_num_batched_tokens": 16384}
+    searched = {"composition": "slo", "tpot_slo_s": 0.04}
+    rungs: list[tuple[str, str, int, dict[str, Any]]] = [
+        ("static", "mean", _RESERVED, {"batching": "static", **whole}),
+        ("dynamic", "mean", _RESERVED, {"batching": "dynamic", **whole}),
+        ("iteration-level", "mean", _RESERVED, whole),
+        ("paged", "mean", _PAGE, whole),
+        ("chunked", "mean", _PAGE, {}),
+        ("searched-chunks", "mean", _PAGE, searched),
+        ("sjf-mean-length", "mean", _PAGE, {**searched, "ordering": "sjf"}),
+        ("sjf-noisy", "noisy", _PAGE, {**searched, "ordering": "sjf"}),
+        ("sjf-oracle", "oracle", _PAGE, {**searched, "ordering": "sjf"}),
     ]
-    slots = 32
-    for name, trace in _workloads(bench):
+    for (name, trace), slots in itertools.product(_workloads(bench), (32, 256)):
         full = saturation_rate(bench, trace, max_num_seqs=slots)
         loads = {"at-once": at_once(trace), "load-0.9": poisson(trace, 0.9 * full, bench.seed)}
         for arrivals, load in loads.items():
             before: SimulationResult | None = None
-            for rung, predictor, options in rungs:
-                cluster, result = bench.run(load, predictor=predictor, max_num_seqs=slots, **options)
-                bench.emit(rung, cluster, result, before, workload=name, arrivals=arrivals)
+            for rung, predictor, page, options in rungs:
+                cluster, result = bench.run(
+                    load, predictor=predictor, page_size=page, max_num_seqs=slots, **options
+                )
+                bench.emit(rung, cluster, result, before, workload=name, arrivals=arrivals, slots=slots)
                 before = result
 
 
@@ -288,7 +301,7 @@ def _decision_ms(
         predictor=make_known_length_predictor("noisy", lengths, sigma=options.sigma, seed=0),
     )  # fmt: skip
     for index, row in enumerate(rows):
-        instance.core.add(make_request(str(index), row, 8192))
+        instance.core.add(make_request(index, row, 8192))
         if index == running - 1:
             for _ in range(64):
                 instance.core.step()

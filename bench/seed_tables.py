@@ -25,10 +25,11 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import seed_measured
+from bench.batching_runs import offline_config
 from bench.results import Results, add_output_flag, float_list, host_device, int_list, jax_device
 from bench.shapes import add_shape_flag
 from jaxserve.cli.arguments import CommandParser, add_engine_flags, engine_options
-from jaxserve.config import EngineConfig, SchedulerConfig
+from jaxserve.config import SchedulerConfig
 from jaxserve.core.cost_model import CostModel
 from jaxserve.core.roofline import Roofline
 from jaxserve.simulator.cluster import Cluster, ClusterConfig, make_cluster
@@ -191,7 +192,7 @@ def main(argv: list[str] | None = None) -> int:
     """Simulates both tables, or measures what the device that is there can run, and prints them."""
     args = _parser().parse_args(argv)
     if args.measure:
-        config = EngineConfig.from_flat({"max_queued_requests": args.requests} | engine_options(args))
+        config = offline_config(engine_options(args), args.requests)
         seed_measured.run(args, Results("seed_tables", jax_device(), args.output), config)
         return 0
     tables = Tables(Results("seed_tables", host_device(), args.output, prints=False), args.bench_seed)

@@ -8,6 +8,7 @@ serves the same requests at the times at which they really came, with the times 
 
 - ``step_mape``, ``wall_error``: of the cost model on steps of the second part, which it has not seen; of each
   step, and of their sum;
+- ``steps_in_time``: share of those steps that took at most 1.2 times what was predicted;
 - ``*_real``, ``*_sim`` and ``*_ratio`` of TTFT, TPOT and E2E at the median and the 99th percentile;
 - ``plans_identical``: 1 if the recording, played again, makes the same plans.
 """
@@ -21,13 +22,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.batching_runs import offline_config
 from bench.measures import RequestTimes, summary
 from bench.real_engine import Served, arrivals, noisy, real_engine
 from bench.results import Results, add_output_flag, jax_device
 from bench.shapes import add_shape_flag, model_of, prompt_source
 from bench.workloads import Workload, conversation_workload, find_traces, stretched
 from jaxserve.cli.arguments import CommandParser, add_engine_flags, engine_options
-from jaxserve.config import EngineConfig
 from jaxserve.core.cost_model import CostModel, mean_absolute_percentage_error
 from jaxserve.simulator.calibration import Sample, cluster_like, samples_of
 from jaxserve.simulator.cluster import Cluster
@@ -41,6 +42,7 @@ POLICIES: dict[str, dict[str, Any]] = {
 }
 COMPARED = ("ttft_p50_s", "ttft_p99_s", "tpot_p50_ms", "tpot_p99_ms", "e2e_p50_s", "e2e_p99_s", "ttft_mean_s")
 _PARTS = 2
+_LATE = 1.2
 
 
 def part_of(workload: Workload, part: int) -> Workload:
@@ -60,6 +62,8 @@ def compare(results: Results, case: str, served: Served, like: Cluster, **schedu
     where: dict[str, Any] = {"machine": like.label}
     results.add(case, "step_mape", mean_absolute_percentage_error(costs, held_out), "share", **where)
     results.add(case, "wall_error", wall_error(costs, held_out), "share", **where)
+    within = sum(seconds <= _LATE * costs.predict(b, f) for b, f, seconds in held_out) / len(held_out)
+    results.add(case, "steps_in_time", within, "share", **where)
     identical = float(replay(served.records).first_difference is None)
     results.add(case, "plans_identical", identical, "bool", steps=len(held_out), **where)
     real, sim = summary(served.times), summary(simulated_like(like, served, **scheduler))
@@ -90,7 +94,7 @@ def simulated_like(like: Cluster, served: Served, **scheduler: Any) -> list[Requ
 def main(argv: list[str] | None = None) -> int:
     """Serves, records, calibrates, simulates, compares."""
     args = _parser().parse_args(argv)
-    config = EngineConfig.from_flat({"max_queued_requests": args.requests} | engine_options(args))
+    config = offline_config(engine_options(args), args.requests)
     model = model_of(config, args.shape)
     traces = find_traces(args.traces)
     whole = conversation_workload(

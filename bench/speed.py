@@ -15,12 +15,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from bench import decode_steps, offline, ttft
+from bench.batching_runs import offline_config
 from bench.real_engine import RealEngine, real_engine
 from bench.results import Results, add_output_flag, jax_device
 from bench.shapes import add_shape_flag, model_of, prompt_source
 from bench.workloads import PromptSource
 from jaxserve.cli.arguments import CommandParser, add_engine_flags, engine_options
-from jaxserve.config import EngineConfig
 
 
 class Part(NamedTuple):
@@ -50,7 +50,7 @@ def run(name: str, description: str, parts: tuple[str, ...] | None, argv: list[s
     add_engine_flags(parser)
     args = parser.parse_args(argv)
     start = time.perf_counter()
-    config = EngineConfig.from_flat({"max_queued_requests": 100_000} | engine_options(args))
+    config = offline_config(engine_options(args), 100_000)
     model = model_of(config, args.shape)
     prompts = prompt_source(model, args.shape, None, args.bench_seed)
     results = Results(name, jax_device(), args.output)

@@ -79,6 +79,9 @@ class CacheConfig:
     watermark: float = _option(
         0.01, "share of the pages that admission leaves free for running requests to grow"
     )
+    enable_prefix_caching: bool = _option(
+        True, "keep the pages of finished requests, and share them with requests that begin alike"
+    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -241,6 +244,12 @@ def check(config: EngineConfig) -> None:
         )
     for name, share in (("memory_fraction", cache.memory_fraction), ("watermark", cache.watermark)):
         _require(_is_number(share) and 0.0 <= share <= 1.0, name, share, "must be a number in [0, 1]")
+    _require(
+        isinstance(cache.enable_prefix_caching, bool),
+        "enable_prefix_caching",
+        cache.enable_prefix_caching,
+        "must be true or false",
+    )
     _require(
         scheduler.pipeline_depth in (0, 1, 2), "pipeline_depth", scheduler.pipeline_depth, "must be 0, 1 or 2"
     )

@@ -49,13 +49,17 @@ class CompletionOutput:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RequestMetrics:
-    """Times on the engine's clock, in seconds; None where the event has not happened."""
+    """Times on the engine's clock, in seconds; None where the event has not happened.
+
+    ``num_cached_tokens`` of the prompt were found in the prefix cache (by the first completion).
+    """
 
     arrival_time: float
     first_scheduled_time: float | None = None
     first_token_time: float | None = None
     finish_time: float | None = None
     num_preemptions: int = 0
+    num_cached_tokens: int = 0
 
     @property
     def ttft_s(self) -> float | None:

@@ -117,8 +117,8 @@ class Request:
     stop_token_ids: frozenset[int] = frozenset()  # the model's end tokens included unless ignore_eos
     priority: int = 0  # lower runs earlier
     deadline: float | None = None  # on the engine's clock
-    parent_id: str | None = None  # the sibling whose prompt pages may be shared (n > 1)
     client: str = ""  # whose it is, for fair orderings; an opaque id
+    cache_salt: str = ""  # shares cached prefixes with requests of the same salt only
 
     status: RequestStatus = RequestStatus.WAITING
     finish_reason: FinishReason | None = None
@@ -128,12 +128,12 @@ class Request:
     num_computed_tokens: int = 0
     num_tokens: int = dataclasses.field(init=False)  # those being sampled by steps in flight included
     max_num_tokens: int = dataclasses.field(init=False)  # prompt + max_tokens
-    num_steps_in_flight: int = 0
     slot: int | None = None
     page_ids: list[int] = dataclasses.field(default_factory=list[int])
     predicted_output_tokens: float | None = None  # the median guess
     predicted_output_upper: float = math.inf  # exceeded by one in ten
     next_limit: float = dataclasses.field(init=False)  # output tokens at which something must be looked at
+    num_cached_tokens: int = 0  # found in the prefix cache when it first ran
     num_preemptions: int = 0
     first_scheduled_time: float | None = None
     first_token_time: float | None = None
@@ -145,8 +145,9 @@ class Request:
         self.note_limit()
 
     def note_limit(self) -> None:
-        """Sets the output length at which the request ends or outgrows its prediction, whichever is first."""
-        self.next_limit = min(self.max_tokens, self.predicted_output_upper + 1)
+        """Sets the output length at which the request begins, ends or outgrows its prediction."""
+        is_first = self.first_token_time is None
+        self.next_limit = 1 if is_first else min(self.max_tokens, self.predicted_output_upper + 1)
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -166,6 +167,10 @@ class Request:
     def is_finished(self) -> bool:
         return self.status is RequestStatus.FINISHED
 
-    def known_token_ids(self) -> list[int]:
-        """Prompt and output token ids, as one new list."""
-        return [*self.prompt_token_ids, *self.output_token_ids]
+    def known_token_ids(self) -> Sequence[int]:
+        """Prompt and output token ids; those of a request without output are its prompt's own."""
+        return (
+            (*self.prompt_token_ids, *self.output_token_ids)
+            if self.output_token_ids
+            else self.prompt_token_ids
+        )

@@ -31,6 +31,7 @@ MAX_PENALTY = 2.0
 MAX_REPETITION_PENALTY = 10.0
 MIN_REPETITION_PENALTY = 0.01
 MAX_PROMPT_CHARS = 16 * 2**20
+MAX_CACHE_SALT_CHARS = 256
 REQUEST_ID = re.compile(r"[A-Za-z0-9_.:\-]{1,128}")
 
 
@@ -169,6 +170,15 @@ def check_client(client: object) -> None:
     """A client is an opaque id, or empty for nobody in particular. Raises ValidationError."""
     if not isinstance(client, str) or (client and not REQUEST_ID.fullmatch(client)):
         raise ValidationError("client", client, "must be empty or 1 to 128 characters of A-Z a-z 0-9 _ . : -")
+
+
+def check_cache_salt(cache_salt: object) -> None:
+    """A salt is a text that is not long, or empty for prefixes that all share. Raises ValidationError."""
+    if not isinstance(cache_salt, str) or len(cache_salt) > MAX_CACHE_SALT_CHARS:
+        raise ValidationError(
+            "cache_salt", cache_salt, f"must be a text of at most {MAX_CACHE_SALT_CHARS} characters"
+        )
+    check_unicode("cache_salt", cache_salt)
 
 
 def check_timeout(timeout_s: object) -> None:

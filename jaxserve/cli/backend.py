@@ -27,12 +27,20 @@ _NOT_HERE = frozenset({"seed"})
 class Backend(Protocol):
     """What `jaxserve.LLM` and `jaxserve.Client` have in common."""
 
-    def stream(self, prompt: str, params: SamplingParams, /) -> Generator[RequestOutput]:
+    def stream(
+        self, prompt: str, params: SamplingParams, /, *, client: str = "", cache_salt: str = ""
+    ) -> Generator[RequestOutput]:
         """Cumulative outputs for a text."""
         ...
 
     def stream_chat(
-        self, messages: Sequence[Mapping[str, Any]], params: SamplingParams, /
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        params: SamplingParams,
+        /,
+        *,
+        client: str = "",
+        cache_salt: str = "",
     ) -> Generator[RequestOutput]:
         """Cumulative outputs for a conversation."""
         ...
@@ -46,6 +54,15 @@ def add_backend_flags(parser: CommandParser) -> None:
     """``--server`` and how to reach it, the sampling flags, and the engine's."""
     parser.add_argument(
         "--server", metavar="HOST:PORT", help="ask this jaxserve server instead of loading a model"
+    )
+    parser.add_argument(
+        "--client",
+        default="",
+        metavar="ID",
+        help="whose request it is, for orderings that are fair to clients",
+    )
+    parser.add_argument(
+        "--cache-salt", default="", metavar="TEXT", help="share cached prefixes with this salt only"
     )
     add_dataclass_flags(parser, ConnectionConfig, "connection options (with --server)")
     add_sampling_flags(parser)

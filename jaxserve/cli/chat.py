@@ -13,7 +13,7 @@ from jaxserve.cli.arguments import command_parser, sampling_params
 from jaxserve.cli.backend import Backend, add_backend_flags, open_backend, print_stream, read_text
 from jaxserve.errors import ValidationError
 from jaxserve.request import SamplingParams
-from jaxserve.validation import check_unicode
+from jaxserve.validation import check_cache_salt, check_client, check_unicode
 
 _HELP = "/new starts over, /exit or Ctrl-D leaves, Ctrl-C ends an answer"
 
@@ -29,8 +29,12 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     params = sampling_params(arguments)
     _check_input(arguments.message, arguments.system)
+    check_client(arguments.client)
+    check_cache_salt(arguments.cache_salt)
     with open_backend(arguments) as backend:
-        conversation = Conversation(backend, params, arguments.system)
+        conversation = Conversation(
+            backend, params, arguments.system, client=arguments.client, cache_salt=arguments.cache_salt
+        )
         if arguments.message is not None:
             conversation.say(arguments.message)
         else:
@@ -50,9 +54,18 @@ def _check_input(message: str | None, system: str | None) -> None:
 class Conversation:
     """Messages so far, and the backend that answers them."""
 
-    def __init__(self, backend: Backend, params: SamplingParams, system: str | None) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        params: SamplingParams,
+        system: str | None,
+        *,
+        client: str = "",
+        cache_salt: str = "",
+    ) -> None:
         self._backend = backend
         self._params = params
+        self._options = {"client": client, "cache_salt": cache_salt}
         self._start = [] if system is None else [{"role": "system", "content": system}]
         self.messages: list[dict[str, str]] = list(self._start)
 
@@ -63,7 +76,8 @@ class Conversation:
     def say(self, text: str) -> None:
         """Prints the answer to a message and remembers both; an answer that is cut off is forgotten."""
         asked = [*self.messages, {"role": "user", "content": text}]
-        with contextlib.closing(self._backend.stream_chat(asked, self._params)) as outputs:
+        outputs = self._backend.stream_chat(asked, self._params, **self._options)
+        with contextlib.closing(outputs):
             last = print_stream(outputs)
         if last is not None:
             self.messages = [*asked, {"role": "assistant", "content": last.outputs[0].text}]

@@ -8,7 +8,7 @@ import sys
 from jaxserve.cli.arguments import command_parser, fail, sampling_params
 from jaxserve.cli.backend import add_backend_flags, open_backend, print_stream, read_text
 from jaxserve.request import FinishReason
-from jaxserve.validation import check_prompt_text
+from jaxserve.validation import check_cache_salt, check_client, check_prompt_text
 
 
 def main(argv: list[str]) -> int:
@@ -26,8 +26,12 @@ def main(argv: list[str]) -> int:
     params = sampling_params(arguments)
     prompt = read_text("prompt", sys.stdin.read) if arguments.prompt == "-" else arguments.prompt
     check_prompt_text(prompt)  # nothing is loaded for a prompt that cannot be answered
-    with open_backend(arguments) as backend, contextlib.closing(backend.stream(prompt, params)) as outputs:
-        last = print_stream(outputs)
+    check_client(arguments.client)
+    check_cache_salt(arguments.cache_salt)
+    with open_backend(arguments) as backend:
+        outputs = backend.stream(prompt, params, client=arguments.client, cache_salt=arguments.cache_salt)
+        with contextlib.closing(outputs):
+            last = print_stream(outputs)
     if last is None or last.outputs[0].finish_reason is FinishReason.ERROR:
         return fail(f"jaxserve generate: {last.outputs[0].error if last else 'no answer'}") - 1
     return 0

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxserve.config import SchedulerConfig
 from jaxserve.core.buckets import BucketLadder
-from jaxserve.core.cost_model import CostModel
+from jaxserve.core.cost_model import CostModel, StepFeatures
 from jaxserve.core.decision_log import DecisionLog
 from jaxserve.core.kv_cache_manager import KVCacheManager
 from jaxserve.core.page_pool import PagePool
+from jaxserve.core.plan import Bucket
 from jaxserve.core.policies.registry import make_policies
 from jaxserve.core.policy import PolicyContext
+from jaxserve.core.prefix_cache import PrefixCache
 from jaxserve.core.scheduler import Scheduler
 
 
@@ -29,6 +31,7 @@ class Assembly:
         page_size: tokens in a page.
         watermark_pages: pages that admission leaves free.
         max_queued_requests: waiting requests beyond which new ones are refused.
+        prefix_caching: whether requests with the same beginning share its pages.
     """
 
     scheduler: SchedulerConfig
@@ -38,6 +41,7 @@ class Assembly:
     page_size: int
     watermark_pages: int
     max_queued_requests: int
+    prefix_caching: bool
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -56,7 +60,9 @@ class Assembly:
 
 def assemble(assembly: Assembly, costs: CostModel, decision_log: DecisionLog | None = None) -> Scheduler:
     """The scheduler that an assembly describes; its policies look at ``costs``."""
-    kv = KVCacheManager(PagePool(assembly.num_pages), assembly.page_size)
+    pool = PagePool(assembly.num_pages)
+    cache = PrefixCache(pool, assembly.page_size, _chunk_seconds(assembly.ladder, costs))
+    kv = KVCacheManager(pool, assembly.page_size, cache if assembly.prefix_caching else None)
     context = PolicyContext(
         config=assembly.scheduler,
         num_slots=assembly.num_slots,
@@ -75,3 +81,10 @@ def assemble(assembly: Assembly, costs: CostModel, decision_log: DecisionLog | N
         max_queued_requests=assembly.max_queued_requests,
         decision_log=decision_log,
     )
+
+
+def _chunk_seconds(ladder: BucketLadder, costs: CostModel) -> Callable[[int], float]:
+    """Seconds of a step that computes the largest chunk of a prompt, by the tokens of context before it."""
+    bucket = Bucket(ladder.token_budget, ladder.mixed_rows)
+    nothing = StepFeatures(0, 0, 0.0, 0)
+    return lambda context: costs.predict(bucket, nothing.with_prefill(ladder.token_budget, context))

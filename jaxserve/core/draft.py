@@ -19,35 +19,40 @@ class Draft:
 
     Attributes:
         budget: tokens that the step can still hold.
+        page_size: tokens in a KV page.
         owners: the requests of the rows, in their order.
+        page_ends: requests whose next token is the first of a page.
     """
 
     budget: int
+    page_size: int
     rows: list[ScheduledRow] = dataclasses.field(default_factory=list[ScheduledRow])
     owners: list[Request] = dataclasses.field(default_factory=list[Request])
     admissions: list[Admission] = dataclasses.field(default_factory=list[Admission])
     page_updates: list[PageUpdate] = dataclasses.field(default_factory=list[PageUpdate])
     preempted_ids: list[str] = dataclasses.field(default_factory=list[str])
     num_tokens: int = 0
+    page_ends: list[Request] = dataclasses.field(default_factory=list[Request])
 
     def plan_decodes(self, running: list[Request]) -> list[Request]:
         """One token for each request that lacks one; returns those that lack more: prompts in part computed.
 
         The hottest loop of the scheduler: a row a token that the engine makes.
         """
-        rows, owners = self.rows, self.owners
+        rows, owners, page_size, make_row = self.rows, self.owners, self.page_size, _make_row
         prefills: list[Request] = []
         for request in running:
             end = request.num_tokens
             start = request.num_computed_tokens
-            if end - start > 1:
+            if end - start != 1:
                 prefills.append(request)
-            elif end < request.max_num_tokens and end != start:  # else the last token is being sampled
-                rows.append(_make_row((request.id, request.slot, start, 1, True)))
+            elif end < request.max_num_tokens:  # else the last token is being sampled
+                rows.append(make_row((request.id, request.slot, start, 1, True)))
                 owners.append(request)
                 request.num_computed_tokens = end
                 request.num_tokens = end + 1
-                request.num_steps_in_flight += 1
+                if end % page_size == 0:
+                    self.page_ends.append(request)
         self.num_tokens = len(rows)
         self.budget -= len(rows)
         return prefills
@@ -62,16 +67,10 @@ class Draft:
         self.budget -= num_tokens
         self.num_tokens += num_tokens
         request.num_computed_tokens = end
-        request.num_steps_in_flight += 1
         if samples:
             request.num_tokens += 1
-
-    def computed_before(self, request: Request) -> int:
-        """Tokens that earlier steps have computed of a request that this draft may hold as well."""
-        for row, owner in zip(self.rows, self.owners, strict=True):
-            if owner is request:
-                return row.start
-        return request.num_computed_tokens
+            if end % self.page_size == 0:
+                self.page_ends.append(request)
 
     def drop_pages(self, request: Request) -> None:
         """Forgets the entries of a request that loses its slot."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from jaxserve.core.page_pool import PagePool
+from jaxserve.core.prefix_cache import PrefixCache, PrefixCacheStats
+from jaxserve.core.radix_tree import NO_MATCH, Match
 from jaxserve.request import Request
 
 
@@ -13,20 +15,29 @@ class KVCacheManager:
 
     A page may be reused as soon as it is free: the executor runs steps in the order of their plans, so every
     step that still reads or writes the old owner's data was dispatched before the new owner's first write.
+
+    Pages that only the prefix cache holds on to count as available: they are freed when somebody needs them.
     """
 
-    def __init__(self, pool: PagePool, page_size: int) -> None:
+    def __init__(self, pool: PagePool, page_size: int, cache: PrefixCache | None = None) -> None:
         self._pool = pool
-        self._owners: dict[str, Request] = {}
+        self._cache = cache
         self.page_size = page_size
 
     @property
-    def num_free(self) -> int:
-        return self._pool.num_free
+    def num_available(self) -> int:
+        """Pages that can be given out now."""
+        return self._pool.num_free + self.num_cached
+
+    @property
+    def num_cached(self) -> int:
+        """Pages that the prefix cache alone holds on to."""
+        return 0 if self._cache is None else self._cache.num_evictable
 
     @property
     def num_used(self) -> int:
-        return self._pool.num_used
+        """Pages that running requests hold on to."""
+        return self._pool.num_used - self.num_cached
 
     @property
     def num_usable(self) -> int:
@@ -35,54 +46,67 @@ class KVCacheManager:
     @property
     def occupancy(self) -> float:
         """Share of the pages in use."""
-        return self._pool.num_used / self._pool.num_usable
+        return self.num_used / self._pool.num_usable
+
+    def match(self, request: Request) -> Match:
+        """What the prefix cache has of a waiting request."""
+        return NO_MATCH if self._cache is None else self._cache.match(request)
 
     def matched_tokens(self, request: Request) -> int:
-        """Leading prompt tokens that a waiting request would not have to compute: those of a sibling."""
-        parent = self._owners.get(request.parent_id) if request.parent_id is not None else None
-        if parent is None:
-            return 0
-        shareable = self.shareable_tokens(request.num_prompt_tokens)
-        return shareable if parent.num_computed_tokens >= shareable else 0
+        """Leading tokens that a waiting request would not have to compute."""
+        return self.match(request).num_pages * self.page_size
 
     def pages_for(self, num_tokens: int) -> int:
         """Pages that hold ``num_tokens`` tokens."""
         return -(-num_tokens // self.page_size)
 
-    def missing_pages(self, request: Request, num_tokens: int) -> int:
-        """Pages that the request lacks to hold ``num_tokens`` tokens."""
-        return max(0, self.pages_for(num_tokens) - len(request.page_ids))
+    def has_room(self, request: Request, match: Match, reserve: int) -> bool:
+        """Whether the whole of a waiting request fits, besides what it would share, and ``reserve`` pages."""
+        price = self.pages_for(request.num_tokens) - match.num_pages
+        return price + reserve <= self.num_available - match.num_evictable
 
-    def grow(self, request: Request, num_tokens: int) -> int:
-        """Appends the pages that ``num_tokens`` tokens need, and returns how many.
+    def admit(self, request: Request, match: Match, now: float) -> None:
+        """Gives a request that has room all of its pages; those of the match are computed."""
+        if self._cache is not None:
+            self._cache.enter(request, match, now)
+            request.num_computed_tokens = match.num_pages * self.page_size
+        self.grow(request, request.num_tokens)
 
-        The caller has checked that so many are free.
-        """
-        missing = self.missing_pages(request, num_tokens)
-        if missing:
-            self._owners[request.id] = request
-            request.page_ids += self._pool.allocate(missing)
-        return missing
+    def grow(self, request: Request, num_tokens: int) -> None:
+        """Appends the pages that ``num_tokens`` tokens need. The caller has checked `num_available`."""
+        missing = self.pages_for(num_tokens) - len(request.page_ids)
+        if missing <= 0:
+            return
+        lacking = missing - self._pool.num_free
+        if lacking > 0 and self._cache is not None:
+            self._cache.evict(lacking)
+        request.page_ids += self._pool.allocate(missing)
 
-    def shareable_tokens(self, prompt_tokens: int) -> int:
-        """Leading prompt tokens in full pages that a sibling can share.
+    def computed(self, request: Request) -> None:
+        """Says that the plan being made computes a chunk of a request."""
+        if self._cache is not None:
+            self._cache.advanced(request)
 
-        The last prompt token is always computed by each sibling itself: its logits give the first sample.
-        """
-        return (prompt_tokens - 1) // self.page_size * self.page_size
+    def commit(self, now: float) -> None:
+        """Lets others share what the last plan computes; call it before the next plan is made."""
+        if self._cache is not None:
+            self._cache.commit(now)
 
-    def share_prefix(self, parent: Request, child: Request, num_tokens: int) -> None:
-        """Lets ``child``, which owns nothing yet, read the parent's first ``num_tokens`` (whole pages)."""
-        pages = parent.page_ids[: num_tokens // self.page_size]
-        self._pool.share(pages)
-        child.page_ids += pages
-
-    def free(self, request: Request) -> None:
-        """Gives back every page of a request."""
-        self._owners.pop(request.id, None)
+    def free(self, request: Request, now: float, *, keep: bool = True) -> None:
+        """Gives back every page of a request; with ``keep``, full ones stay in the prefix cache."""
+        if self._cache is not None:
+            self._cache.leave(request, now, keep=keep)
         self._pool.release(request.page_ids)
         request.page_ids = []
 
+    def prefix_cache_stats(self) -> PrefixCacheStats | None:
+        """None if there is no prefix cache."""
+        return None if self._cache is None else self._cache.stats()
+
     def check_integrity(self, requests: Iterable[Request]) -> None:
-        """Raises RuntimeError unless the requests' tables account for every page."""
-        self._pool.check_integrity(request.page_ids for request in requests)
+        """Raises RuntimeError unless the requests' tables and the prefix cache account for every page."""
+        tables = [request.page_ids for request in requests]
+        if self._cache is not None:
+            self._cache.check_integrity()
+            tables += self._cache.page_tables()
+        self._pool.check_integrity(tables)

@@ -108,8 +108,8 @@ class ChangingKeys(Protocol):
 class LanedOrdering(Protocol):
     """An ordering with a lane for each client: first the lanes are compared, then the keys of their heads."""
 
-    def lane(self, request: Request) -> str:
-        """The lane that a request joins."""
+    def lane(self, request: Request, now: float) -> str:
+        """The lane that a request joins; asked again whenever its key is."""
         ...
 
     def lane_key(self, lane: str) -> float:

@@ -23,6 +23,8 @@ from jaxserve.core.kv_cache_manager import KVCacheManager
 from jaxserve.core.observers import Observers
 from jaxserve.core.plan import Admission, PageUpdate, StepPlan, StepResult, TopLogprobs
 from jaxserve.core.policy import Explaining, Policies, Preempting, QueueView, RankingPrefills, StepView
+from jaxserve.core.prefix_cache import PrefixCacheStats
+from jaxserve.core.radix_tree import Match
 from jaxserve.core.waiting_queue import WaitingQueue
 from jaxserve.errors import DuplicateRequestError, QueueFullError
 from jaxserve.request import FinishReason, Request, RequestStatus
@@ -50,7 +52,8 @@ class SchedulerStats(NamedTuple):
     num_waiting: int
     num_running: int
     num_held: int
-    num_used_pages: int
+    num_used_pages: int  # by running requests
+    num_cached_pages: int  # by the prefix cache alone
     num_usable_pages: int
     num_preemptions: int
     num_finished: int
@@ -91,6 +94,7 @@ class Scheduler:
         self._in_flight: deque[tuple[StepPlan, list[Request]]] = deque()
         self._with_deadline: set[Request] = set()
         self._ended: list[RequestUpdate] = []  # ends that no step's result will report
+        self._page_ends: list[Request] = []  # whose next token is the first of a page
         self._outgrown: list[Request] = []  # longer than the upper quantile of their prediction
         self._step = 0
         self._num_preemptions = 0
@@ -167,10 +171,15 @@ class Scheduler:
             num_running=len(self._running),
             num_held=len(self._held),
             num_used_pages=self._kv.num_used,
+            num_cached_pages=self._kv.num_cached,
             num_usable_pages=self._kv.num_usable,
             num_preemptions=self._num_preemptions,
             num_finished=self._num_finished,
         )
+
+    def prefix_cache_stats(self) -> PrefixCacheStats | None:
+        """Counters of the prefix cache; None without one."""
+        return self._kv.prefix_cache_stats()
 
     # ------------------------------------------------------------------ planning
 
@@ -178,7 +187,8 @@ class Scheduler:
         """Plans the next step, or returns None if nothing can run before a result or an arrival comes."""
         if self._with_deadline:
             self._expire(now)
-        draft = Draft(budget=self._ladder.token_budget)
+        self._kv.commit(now)
+        draft = Draft(budget=self._ladder.token_budget, page_size=self._kv.page_size)
         self._grow_decodes(now, draft)
         self._release_batch(now)  # a batch whose last running member was preempted is over, too
         if self._waiting:
@@ -188,6 +198,7 @@ class Scheduler:
         prefills = draft.plan_decodes(self._running)
         if prefills or self._waiting:
             self._plan_prefills(prefills, now, draft)
+        self._page_ends = draft.page_ends
         if not draft.rows:
             return None
         num_rows = len(draft.rows)
@@ -207,12 +218,13 @@ class Scheduler:
         return plan
 
     def _grow_decodes(self, now: float, draft: Draft) -> None:
-        """Gives each running request the page of its next token, taking a victim's pages if none is left."""
-        page_size = self._kv.page_size
-        for request in [r for r in self._running if r.num_tokens > len(r.page_ids) * page_size]:
+        """Gives those that the last plan left at the end of a page another, a victim's if none is left."""
+        for request in self._page_ends:
             if request.status is not RequestStatus.RUNNING or not _may_decode(request):
                 continue
-            while self._kv.num_free == 0 and request.status is RequestStatus.RUNNING:
+            if request.num_tokens <= len(request.page_ids) * self._kv.page_size:
+                continue
+            while self._kv.num_available == 0 and request.status is RequestStatus.RUNNING:
                 self._preempt(self._policies.victim.choose(self._running), now, draft)
             if request.status is RequestStatus.RUNNING:
                 self._kv.grow(request, request.num_tokens)
@@ -225,10 +237,16 @@ class Scheduler:
         if self._step % _PREEMPTION_INTERVAL or self._policies.admission.holds_slots:
             return
         head = self._waiting.peek()
-        if head is not None and head.num_steps_in_flight == 0:
+        if head is not None and not self._is_in_flight(head):
             victim = ordering.preempts(self._running, head, now)
             if victim is not None:
                 self._preempt(victim, now, draft, for_id=head.id)
+
+    def _is_in_flight(self, waiting: Request) -> bool:
+        """Whether a step has a row of a request that waits: it was preempted after that was planned."""
+        if waiting.status is not RequestStatus.PREEMPTED:
+            return False
+        return any(waiting in owners for _, owners in self._in_flight)
 
     def _plan_prefills(self, prefills: list[Request], now: float, draft: Draft) -> None:
         """The next chunks of prompts that are partly computed, and then those of new requests."""
@@ -243,9 +261,13 @@ class Scheduler:
         for request in prefills:
             if draft.budget <= 0:
                 break
-            draft.plan_chunk(request, min(request.num_tokens - request.num_computed_tokens, draft.budget))
+            self._plan_chunk(request, draft)
         if self._waiting:
             self._admit(now, draft)
+
+    def _plan_chunk(self, request: Request, draft: Draft) -> None:
+        draft.plan_chunk(request, min(request.num_tokens - request.num_computed_tokens, draft.budget))
+        self._kv.computed(request)
 
     def _granted_tokens(self, prefills: list[Request], now: float, draft: Draft) -> int:
         """How many prompt tokens the composition lets into this step."""
@@ -277,47 +299,31 @@ class Scheduler:
         quota += len(draft.admissions)
         while len(draft.admissions) < quota and (is_batch or draft.budget > 0):
             request = self._waiting.peek()
-            if request is None or request.num_steps_in_flight > 0:  # a resumed request's tokens must be known
+            if request is None or self._is_in_flight(request):  # a resumed request's tokens must be known
                 return
             if ahead_of is not None and self._ranking is not None and self._ranking.rank(request) >= ahead_of:
                 return
-            # Siblings of one batch start together, and so each compute the prompt themselves.
-            shared = 0 if is_batch else self._shareable_prefix(request, draft)
-            if shared is None or not self._has_room(request, shared):
+            match = self._kv.match(request)
+            if match.is_claimed and not is_batch:  # those of one batch start together
                 return
-            chunk = min(request.num_tokens - shared, draft.budget)
-            self._start(request, shared, now, draft)
-            if chunk:
-                draft.plan_chunk(request, chunk)
+            # The whole prompt, not only its first chunk; the watermark is left to running requests to grow.
+            if not self._kv.has_room(request, match, self._watermark_pages if self._running else 0):
+                return
+            self._start(request, match, now, draft)
+            if draft.budget > 0:
+                self._plan_chunk(request, draft)
 
-    def _shareable_prefix(self, request: Request, draft: Draft) -> int | None:
-        """Prompt tokens whose pages a sibling holds already; None while it is still computing them."""
-        parent = self._live.get(request.parent_id) if request.parent_id is not None else None
-        if parent is None or parent.status is not RequestStatus.RUNNING:
-            return 0
-        shareable = self._kv.shareable_tokens(request.num_prompt_tokens)
-        return shareable if draft.computed_before(parent) >= shareable else None
-
-    def _has_room(self, request: Request, shared: int) -> bool:
-        """Prices the whole prompt, not only its first chunk, and leaves the watermark to running requests."""
-        price = self._kv.pages_for(request.num_tokens) - shared // self._kv.page_size
-        reserve = self._watermark_pages if self._running else 0
-        return price + reserve <= self._kv.num_free
-
-    def _start(self, request: Request, shared: int, now: float, draft: Draft) -> None:
+    def _start(self, request: Request, match: Match, now: float, draft: Draft) -> None:
         if self._log is not None:
             self._log_admission(self._log, request, now)
         self._waiting.remove(request)
         self._observers.admitted(request, now)
         request.slot = self._free_slots.pop()
         request.status = RequestStatus.RUNNING
+        self._kv.admit(request, match, now)
         if request.first_scheduled_time is None:
             request.first_scheduled_time = now
-        if shared:
-            assert request.parent_id is not None
-            self._kv.share_prefix(self._live[request.parent_id], request, shared)
-            request.num_computed_tokens = shared
-        self._kv.grow(request, request.num_tokens)
+            request.num_cached_tokens = request.num_computed_tokens
         self._running.append(request)
         draft.admissions.append(
             Admission(
@@ -348,24 +354,24 @@ class Scheduler:
         self._waiting.push(request, now)
 
     def _preempt(self, request: Request, now: float, draft: Draft, *, for_id: str | None = None) -> None:
-        """Drops a running request's pages; it will recompute prompt and output when it runs again."""
+        """Takes a running request's slot; what it computed is the prefix cache's, if there is one."""
         if self._log is not None:
             self._log.preempted(self._step, now, request.id, for_id=for_id)
         draft.drop_pages(request)
         draft.preempted_ids.append(request.id)
         self._running.remove(request)
-        self._give_up_slot(request)
+        self._give_up_slot(request, now)
         request.status = RequestStatus.PREEMPTED
         request.num_computed_tokens = 0
         request.num_preemptions += 1
         self._num_preemptions += 1
         self._enqueue(request, now)
 
-    def _give_up_slot(self, request: Request) -> None:
+    def _give_up_slot(self, request: Request, now: float, *, keep: bool = True) -> None:
         assert request.slot is not None
         self._free_slots.append(request.slot)
         request.slot = None
-        self._kv.free(request)
+        self._kv.free(request, now, keep=keep)
 
     def _view(self, now: float) -> QueueView:
         oldest, newest = self._waiting.oldest_arrival, self._waiting.newest_arrival
@@ -385,15 +391,14 @@ class Scheduler:
         """Takes the result of the oldest step in flight; returns what changed, in row order."""
         plan, owners = self._in_flight.popleft()
         updates: list[RequestUpdate] = []
-        finished = RequestStatus.FINISHED
+        finished, make = RequestStatus.FINISHED, _make_update
         logprobs = repeat(None) if result.logprobs is None else result.logprobs
         bad = [i in result.bad_rows for i in range(len(owners))] if result.bad_rows else repeat(False)
         for row, request, token_id, row_logprobs, is_bad in zip(
             plan.rows, owners, result.token_ids, logprobs, bad, strict=False
         ):
-            request.num_steps_in_flight -= 1
-            if not row.samples or request.status is finished:
-                continue  # a chunk in mid-prompt, or a row that turned out to be finished
+            if not row[4] or request.status is finished:
+                continue  # a chunk in mid-prompt does not sample; a row may turn out to be finished
             if is_bad:
                 request.error = "the model produced logits that are not finite"
                 self._leave(request, FinishReason.ERROR, now)
@@ -401,19 +406,21 @@ class Scheduler:
                 continue
             output = request.output_token_ids
             output.append(token_id)
-            ended = False
-            if request.first_token_time is None:
-                request.first_token_time = now
             if token_id in request.stop_token_ids or len(output) >= request.next_limit:
                 ended = self._end_row(request, token_id, now)
-            updates.append(_make_update((request, token_id, row_logprobs, ended)))
+            else:
+                ended = False
+            updates.append(make((request, token_id, row_logprobs, ended)))
         if self._observers.want_tokens:
             self._observers.generated([u.request for u in updates if u.token_id is not None], now)
         self._release_batch(now)
         return updates
 
     def _end_row(self, request: Request, token_id: int, now: float) -> bool:
-        """Ends a request if its newest token is its last; whether its caller may hear of the end now."""
+        """Looks at a token that may be a request's first or last; whether it ended and may say so now."""
+        if request.first_token_time is None:
+            request.first_token_time = now
+            request.note_limit()
         reason = _finish_reason(request, token_id)
         if reason is None:
             if len(request.output_token_ids) > request.predicted_output_upper:
@@ -437,7 +444,8 @@ class Scheduler:
             if holds_slot:
                 self._held.append(request)
             else:
-                self._give_up_slot(request)
+                # Keys and values behind logits that are not finite are nobody else's to read.
+                self._give_up_slot(request, now, keep=reason is not FinishReason.ERROR)
         else:
             self._waiting.remove(request)
         self._observers.left(request, now, was_waiting=was_waiting)
@@ -453,7 +461,7 @@ class Scheduler:
         if self._held and not self._running:
             for request in self._held:
                 request.finish_time = now
-                self._give_up_slot(request)
+                self._give_up_slot(request, now)
                 self._ended.append(RequestUpdate(request, None, None, finished=True))
             self._held.clear()
 

@@ -66,7 +66,7 @@ class WaitingQueue:
         """Gives a request a new ticket, and puts it where its key belongs."""
         self._counter += 1
         self._num_entries += 1
-        lane = self._laned.lane(request) if self._laned else _ONLY_LANE
+        lane = self._laned.lane(request, now) if self._laned else _ONLY_LANE
         member = _Membership(self._counter, lane, self._ordering.key(request, now))
         self._members[request] = member
         heap = self._lanes.setdefault(lane, [])

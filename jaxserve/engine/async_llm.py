@@ -126,6 +126,7 @@ class AsyncLLM:
         request_id: str | None = None,
         priority: int = 0,
         client: str = "",
+        cache_salt: str = "",
         timeout_s: float | None = None,
     ) -> AsyncGenerator[RequestOutput]:
         """Completes one prompt, yielding everything generated so far; the last output has ``finished`` set.
@@ -138,6 +139,8 @@ class AsyncLLM:
             request_id: yours, unique among those alive; one is made up otherwise.
             priority: under ``ordering="priority"`` and ``"strict_priority"``; lower runs earlier.
             client: whose request it is, under ``ordering="fair"`` and others that are fair to clients.
+            cache_salt: cached prefixes are shared with requests of the same salt only; one for each tenant
+                keeps tenants apart.
             timeout_s: after so many seconds the request ends with finish reason ``deadline``.
 
         Raises:
@@ -151,6 +154,7 @@ class AsyncLLM:
                 request_id=request_id,
                 priority=priority,
                 client=client,
+                cache_salt=cache_salt,
                 timeout_s=timeout_s,
             )
         )
@@ -163,6 +167,7 @@ class AsyncLLM:
         request_id: str | None = None,
         priority: int = 0,
         client: str = "",
+        cache_salt: str = "",
         timeout_s: float | None = None,
     ) -> AsyncGenerator[RequestOutput]:
         """Answers one conversation, through the model's chat template; otherwise as `generate`."""
@@ -174,6 +179,7 @@ class AsyncLLM:
                 request_id=request_id,
                 priority=priority,
                 client=client,
+                cache_salt=cache_salt,
                 timeout_s=timeout_s,
             )
         )

@@ -77,8 +77,10 @@ class Engine:
     def stats(self) -> dict[str, Any]:
         """A snapshot of queues, pages, stages and padding."""
         core = self.loop.core
+        prefix_cache = core.scheduler.prefix_cache_stats()
         return {
             **core.scheduler.stats()._asdict(),
+            "prefix_cache": None if prefix_cache is None else prefix_cache.to_json(),
             "num_steps": core.stats.steps,
             "num_output_tokens": core.stats.output_tokens,
             "finished": dict(core.stats.finished),
@@ -222,6 +224,7 @@ def make_core[Handle](
         page_size=resolved.layout.page_size,
         watermark_pages=resolved.watermark_pages,
         max_queued_requests=config.scheduler.max_queued_requests + resolved.num_slots,
+        prefix_caching=config.cache.enable_prefix_caching,
     )
     prior, depth = prior or UnknownDevice(), config.scheduler.pipeline_depth
     costs = CostModel(prior)

@@ -139,7 +139,7 @@ class EngineCore[Handle]:
         self._in_flight.clear()
         self._scheduler.drop_in_flight()
         self._scheduler.end_all(reason, self._clock(), error)
-        return self._scheduler.take_ended()
+        return self._finish_step([])
 
     def _finish_step(self, updates: list[RequestUpdate]) -> list[RequestUpdate]:
         updates += self._scheduler.take_ended()
@@ -148,6 +148,8 @@ class EngineCore[Handle]:
             if update.finished and update.request.finish_reason is not None:
                 reason = update.request.finish_reason.value
                 finished[reason] = finished.get(reason, 0) + 1
+                if self._recorder is not None:
+                    self._recorder.finished(update.request)
         return updates
 
     def _learn(

@@ -87,6 +87,7 @@ class InputProcessor:
         request_id: str | None = None,
         priority: int = 0,
         client: str = "",
+        cache_salt: str = "",
         timeout_s: float | None = None,
     ) -> RequestGroup:
         """Resolves what the parameters leave open, and makes one request a completion."""
@@ -94,6 +95,7 @@ class InputProcessor:
         validation.check_params_against_model(params, self.limits)
         validation.check_priority(priority)
         validation.check_client(client)
+        validation.check_cache_salt(cache_salt)
         validation.check_timeout(timeout_s)
         group_id = (
             f"request-{next(self._counter)}"
@@ -120,7 +122,7 @@ class InputProcessor:
                 priority=priority,
                 client=client,
                 deadline=None if timeout_s is None else now + timeout_s,
-                parent_id=ids[0] if index else None,
+                cache_salt=cache_salt,
             )
             for index, child_id in enumerate(ids)
         )

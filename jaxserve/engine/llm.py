@@ -88,6 +88,7 @@ class LLM:
         use_tqdm: bool = True,
         priority: int = 0,
         client: str = "",
+        cache_salt: str = "",
     ) -> list[RequestOutput]:
         """Completes prompts, batched continuously; returns one output a prompt, in order.
 
@@ -98,6 +99,7 @@ class LLM:
             use_tqdm: show a progress bar.
             priority: of all of them, under ``ordering="priority"``; lower runs earlier.
             client: whose they are, under orderings that are fair to clients.
+            cache_salt: cached prefixes are shared with requests of the same salt only.
 
         Raises:
             ValidationError: for the first prompt that is not allowed; nothing was started.
@@ -107,7 +109,7 @@ class LLM:
         params = _params_for(listed, sampling_params, SamplingParams())
         make = self._engine.inputs.from_prompt
         groups = [
-            make(prompt, p, priority=priority, client=client)
+            make(prompt, p, priority=priority, client=client, cache_salt=cache_salt)
             for prompt, p in zip(listed, params, strict=True)
         ]
         return self._run(groups, use_tqdm)
@@ -118,11 +120,13 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        client: str = "",
+        cache_salt: str = "",
     ) -> list[RequestOutput]:
         """Answers one conversation, or several; each is a list of ``{"role": ..., "content": ...}``.
 
         ``[]`` is no conversations, and gives ``[]``; ``[[]]`` is one without messages, an error.
-        Default parameters: as long as the model goes on or the context allows. Raises as `generate`.
+        Default parameters: as long as the model goes on or the context allows. Otherwise as `generate`.
         """
         if not isinstance(messages, Sequence):
             raise ValidationError("messages", messages, "must be a list of {'role': ..., 'content': ...}")
@@ -130,20 +134,38 @@ class LLM:
         listed = [cast(Messages, messages)] if is_one else list(cast(Sequence[Messages], messages))
         params = _params_for(listed, sampling_params, SamplingParams(max_tokens=None))
         make = self._engine.inputs.from_messages
-        return self._run([make(chat, p) for chat, p in zip(listed, params, strict=True)], use_tqdm)
+        groups = [
+            make(chat, p, client=client, cache_salt=cache_salt)
+            for chat, p in zip(listed, params, strict=True)
+        ]
+        return self._run(groups, use_tqdm)
 
     def stream(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        client: str = "",
+        cache_salt: str = "",
     ) -> Generator[RequestOutput]:
         """Completes one prompt, yielding everything generated so far after each step."""
-        return self._stream(self._engine.inputs.from_prompt(prompt, sampling_params or SamplingParams()))
+        params = sampling_params or SamplingParams()
+        return self._stream(
+            self._engine.inputs.from_prompt(prompt, params, client=client, cache_salt=cache_salt)
+        )
 
     def stream_chat(
-        self, messages: Messages, sampling_params: SamplingParams | None = None
+        self,
+        messages: Messages,
+        sampling_params: SamplingParams | None = None,
+        *,
+        client: str = "",
+        cache_salt: str = "",
     ) -> Generator[RequestOutput]:
         """Answers one conversation, yielding everything generated so far after each step."""
+        params = sampling_params or SamplingParams(max_tokens=None)
         return self._stream(
-            self._engine.inputs.from_messages(messages, sampling_params or SamplingParams(max_tokens=None))
+            self._engine.inputs.from_messages(messages, params, client=client, cache_salt=cache_salt)
         )
 
     def stats(self) -> dict[str, Any]:

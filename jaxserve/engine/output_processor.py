@@ -133,6 +133,7 @@ class _Group:
             first_token_time=min(first, default=None),
             finish_time=max(last, default=None) if is_done else None,
             num_preemptions=num_preemptions,
+            num_cached_tokens=requests[0].num_cached_tokens,
         )
         self._metrics = metrics if first else None
         return metrics

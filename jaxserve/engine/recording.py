@@ -3,7 +3,11 @@
 One JSON object a line. The first is the header: how the engine was put together. Then, in the order in which
 they happened (``e`` is the kind, ``t`` seconds on the engine's clock):
 
-- ``add``: a request joined; lengths and options, no token of it, and the prediction it was given.
+- ``add``: a request joined; lengths and options, no token of it, and the prediction it was given. ``pages``
+  has a number for each full page of its prompt: the same number where the same tokens (and salt) come up to
+  the end of that page, so that a replay finds in its prefix cache what the engine found. ``n`` is the number
+  of the request.
+- ``pages``: request ``n`` ended; numbers of all the pages that it filled, those with its output included.
 - ``end``: a request was ended from outside (an abort, a stop string).
 - ``plan``: a step was planned; the plan's digest, or null if nothing could run.
 - ``done``: the oldest step's result was read; seconds it took on the device, requests that ended with a stop
@@ -14,6 +18,7 @@ they happened (``e`` is the kind, ``t`` seconds on the engine's clock):
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, final
@@ -26,7 +31,7 @@ from jaxserve.core.scheduler import RequestUpdate
 from jaxserve.errors import ConfigError
 from jaxserve.request import FinishReason, Request
 
-VERSION = 1
+VERSION = 2
 
 
 @final
@@ -41,6 +46,9 @@ class Recorder:
         pipeline_depth: int,
     ) -> None:
         self._write = write
+        self._numbers: dict[Request, int] = {}  # of requests that are alive
+        self._num_added = 0
+        self._pages = _PageNumbers(assembly.page_size)
         header = {"version": VERSION, "assembly": assembly.to_json(), "prior": prior_to_json(prior)}
         write({"e": "header", **header, "pipeline_depth": pipeline_depth})
 
@@ -55,11 +63,14 @@ class Recorder:
                 "max_tokens": request.max_tokens,
                 "priority": request.priority,
                 "deadline": request.deadline,
-                "parent": request.parent_id,
                 "client": request.client,
+                "n": self._num_added,
+                "pages": self._pages.of(request),
                 "predicted": _prediction(request),
             }
         )
+        self._numbers[request] = self._num_added
+        self._num_added += 1
 
     def ended(self, request: Request, reason: FinishReason, now: float) -> None:
         self._write({"e": "end", "t": now, "id": request.id, "reason": reason.value})
@@ -74,8 +85,32 @@ class Recorder:
         bad = list(result.bad_rows)
         self._write({"e": "done", "t": now, "step_s": step_s, "stopped": stopped, "bad_rows": bad})
 
+    def finished(self, request: Request) -> None:
+        number = self._numbers.pop(request, None)
+        if number is not None:
+            self._write({"e": "pages", "n": number, "pages": self._pages.of(request)})
+
     def predicted_again(self, request: Request) -> None:
         self._write({"e": "predict", "id": request.id, "predicted": _prediction(request)})
+
+
+class _PageNumbers:
+    """Counts the different beginnings that end with a page: 2, 3, ... in the order in which they come."""
+
+    def __init__(self, page_size: int) -> None:
+        self._page_size = page_size
+        self._known: dict[tuple[int | str, bytes], int] = {}  # (page before or salt, tokens) -> number
+
+    def of(self, request: Request) -> list[int]:
+        """The numbers of a request's full pages."""
+        tokens = array("i", request.known_token_ids()).tobytes()
+        size = self._page_size * array("i").itemsize
+        numbers: list[int] = []
+        before: int | str = request.cache_salt
+        for start in range(0, len(tokens) - size + 1, size):
+            before = self._known.setdefault((before, tokens[start : start + size]), len(self._known) + 2)
+            numbers.append(before)
+        return numbers
 
 
 def _prediction(request: Request) -> list[float | None]:

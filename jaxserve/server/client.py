@@ -73,7 +73,11 @@ class Client:
         self._stub = InferenceStub(self._channel)
 
     def generate(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> RequestOutput:
-        """The whole answer to one prompt. Options: ``request_id``, ``priority``, ``timeout_s``."""
+        """The whole answer to one prompt.
+
+        Options, as `jaxserve.AsyncLLM.generate`: ``request_id``, ``priority``, ``client``, ``cache_salt``,
+        ``timeout_s``.
+        """
         return self._whole(_prompt_call(prompt, params, self._model, **options))
 
     def chat(self, messages: Messages, params: SamplingParams | None = None, **options: Any) -> RequestOutput:
@@ -154,7 +158,11 @@ class AsyncClient:
     async def generate(
         self, prompt: Prompt, params: SamplingParams | None = None, **options: Any
     ) -> RequestOutput:
-        """The whole answer to one prompt. Options: ``request_id``, ``priority``, ``timeout_s``."""
+        """The whole answer to one prompt.
+
+        Options, as `jaxserve.AsyncLLM.generate`: ``request_id``, ``priority``, ``client``, ``cache_salt``,
+        ``timeout_s``.
+        """
         return await self._whole(_prompt_call(prompt, params, self._model, **options))
 
     async def chat(
@@ -232,6 +240,8 @@ class _Call:
         *,
         request_id: str = "",
         priority: int = 0,
+        client: str = "",
+        cache_salt: str = "",
         timeout_s: float | None = None,
     ) -> None:
         # What the wire's types cannot hold is the caller's error, in the engine's own words.
@@ -239,9 +249,12 @@ class _Call:
         if request_id != "":
             validation.check_request_id(request_id)
         validation.check_priority(priority)
+        validation.check_client(client)
+        validation.check_cache_salt(cache_salt)
         validation.check_timeout(timeout_s)
         self.request = request
         self.request.request_id, self.request.model, self.request.priority = request_id, model, priority
+        self.request.client, self.request.cache.salt = client, cache_salt
         requests.set_params(self.request, params)
         self.request.response.token_ids = True
         self.request.response.prompt_token_ids = not self.request.HasField("token_ids")

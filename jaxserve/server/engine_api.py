@@ -57,6 +57,8 @@ class EngineApi(Protocol):
         *,
         request_id: str | None = None,
         priority: int = 0,
+        client: str = "",
+        cache_salt: str = "",
         timeout_s: float | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Cumulative outputs, the last with ``finished``; closing the generator early aborts the request.
@@ -77,6 +79,8 @@ class EngineApi(Protocol):
         *,
         request_id: str | None = None,
         priority: int = 0,
+        client: str = "",
+        cache_salt: str = "",
         timeout_s: float | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """As `generate`, for a conversation under the model's chat template."""

@@ -35,6 +35,7 @@ FIELD_PATHS: dict[str, str] = {
     **{name: f"{group}.{name}" for group, names in _GROUP_PARAMS.items() for name in names},
     "prompt_token_ids": "token_ids.ids",
     "messages": "chat.messages",
+    "cache_salt": "cache.salt",
 }
 
 

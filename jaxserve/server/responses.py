@@ -52,6 +52,7 @@ class DeltaEncoder:
         if output.finished:
             message.usage.prompt_tokens = len(output.prompt_token_ids)
             message.usage.completion_tokens = sum(len(completion.token_ids) for completion in output.outputs)
+            message.usage.cached_tokens = output.metrics.num_cached_tokens
             _encode_timings(output.metrics, message.timings)
         if not (self._is_first or message.outputs or output.finished):
             return None
@@ -103,7 +104,7 @@ class OutputBuilder:
         for new in message.outputs:
             self._completions[new.index] = _extended(self._completions[new.index], new)
         if message.HasField("timings"):
-            self._metrics = _decode_timings(message.timings)
+            self._metrics = _decode_metrics(message)
         return RequestOutput(
             request_id=self._request_id,
             prompt=self._prompt,
@@ -172,9 +173,15 @@ def _encode_timings(metrics: RequestMetrics, timings: pb.Timings) -> None:
     timings.num_preemptions = metrics.num_preemptions
 
 
-def _decode_timings(timings: pb.Timings) -> RequestMetrics:
+def _decode_metrics(message: pb.GenerateResponse) -> RequestMetrics:
+    timings = message.timings
     times = {
         f"{name}_time": getattr(timings, f"{name}_s") if timings.HasField(f"{name}_s") else None
         for name in ("first_scheduled", "first_token", "finish")
     }
-    return RequestMetrics(arrival_time=0.0, num_preemptions=timings.num_preemptions, **times)
+    return RequestMetrics(
+        arrival_time=0.0,
+        num_preemptions=timings.num_preemptions,
+        num_cached_tokens=message.usage.cached_tokens,
+        **times,
+    )

@@ -166,7 +166,13 @@ def _start(
     engine: EngineApi, request: pb.GenerateRequest, request_id: str, timeout_s: float | None
 ) -> AsyncGenerator[RequestOutput]:
     params = params_from_request(request)
-    options: dict[str, Any] = {"request_id": request_id, "priority": request.priority, "timeout_s": timeout_s}
+    options: dict[str, Any] = {
+        "request_id": request_id,
+        "priority": request.priority,
+        "client": request.client,
+        "cache_salt": request.cache.salt,
+        "timeout_s": timeout_s,
+    }
     kind = request.WhichOneof("prompt")
     if kind == "chat":
         return engine.chat(chat_from_proto(request.chat), params, **options)

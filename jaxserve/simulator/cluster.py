@@ -43,6 +43,9 @@ class ClusterConfig:
     row_buckets: tuple[int, ...] | None = _option(None, "row counts compiled for pure decode steps")
     token_buckets: tuple[int, ...] | None = _option(None, "token counts compiled for steps with prefill")
     watermark: float = _option(0.01, "share of the pages that admission leaves to running requests")
+    enable_prefix_caching: bool = _option(
+        True, "keep the pages of finished requests; hits need a trace with block hashes"
+    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -94,6 +97,7 @@ def make_cluster(config: ClusterConfig, scheduler: SchedulerConfig) -> Cluster:
         page_size=config.page_size,
         watermark_pages=int(config.watermark * num_pages),
         max_queued_requests=2**31,
+        prefix_caching=config.enable_prefix_caching,
     )
     roofline = Roofline(profile, shape, each)
     times, evidence = known.step_times(roofline)

@@ -18,6 +18,7 @@ from jaxserve.engine.recording import Recorder
 from jaxserve.request import Request, SamplingParams
 from jaxserve.simulator.clock import VirtualClock
 from jaxserve.simulator.executor import STOP_TOKEN, CostExecutor, SimulatedStep, StepTimes
+from jaxserve.simulator.tokens import BlockTokens
 from jaxserve.simulator.trace import TraceRequest
 
 IDLE_POLL_S = 0.001  # as the engine's thread
@@ -31,11 +32,11 @@ def without_arrays(plan: StepPlan) -> StepBatch:
     return StepBatch(plan, _NOTHING, _NOTHING)
 
 
-def make_request(name: str, row: TraceRequest, max_tokens: int) -> Request:
-    """A request of a trace, as the engine would see it: its length is not in it."""
+def make_request(index: int, row: TraceRequest, max_tokens: int) -> Request:
+    """Request number ``index`` of a trace, as the engine would see it: its length is not in it."""
     return Request(
-        id=name,
-        prompt_token_ids=range(row.prompt_tokens),
+        id=str(index),
+        prompt_token_ids=BlockTokens(row.block_hashes, row.block_size, row.prompt_tokens, -1 - index),
         params=_PARAMS,
         arrival_time=row.arrival_s,
         max_tokens=max_tokens,

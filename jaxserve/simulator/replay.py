@@ -15,8 +15,9 @@ from jaxserve.core.roofline import prior_from_json
 from jaxserve.engine.engine_core import EngineCore
 from jaxserve.request import FinishReason, Request, SamplingParams
 from jaxserve.simulator.clock import VirtualClock
-from jaxserve.simulator.executor import STOP_TOKEN, TOKEN
+from jaxserve.simulator.executor import STOP_TOKEN
 from jaxserve.simulator.instance import without_arrays
+from jaxserve.simulator.tokens import BlockTokens
 
 
 class Replay(NamedTuple):
@@ -54,8 +55,11 @@ class _RecordedPredictor:
 class _RecordedExecutor:
     """Steps take as long as they took then, and end whom they ended."""
 
-    def __init__(self, clock: VirtualClock, records: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(
+        self, clock: VirtualClock, records: Sequence[Mapping[str, Any]], contents: Mapping[str, BlockTokens]
+    ) -> None:
         self._clock = clock
+        self._contents = contents  # request id -> its tokens, those of the output included
         self._results = deque(record for record in records if record["e"] == "done")
         self.plans: list[StepPlan] = []
 
@@ -67,7 +71,12 @@ class _RecordedExecutor:
         record = self._results.popleft()
         self._clock.advance_to(record["t"])
         stopped = set(record["stopped"])
-        token_ids = [STOP_TOKEN if row.request_id in stopped else TOKEN for row in handle.rows]
+        token_ids = [
+            STOP_TOKEN
+            if row.request_id in stopped
+            else self._contents[row.request_id].at(row.start + row.num_tokens)
+            for row in handle.rows
+        ]
         return StepResult(token_ids, bad_rows=tuple(record["bad_rows"]), device_s=record["step_s"])
 
 
@@ -79,7 +88,8 @@ def replay(records: Sequence[Mapping[str, Any]]) -> Replay:
     """
     header = records[0]
     clock = VirtualClock(-1.0)
-    executor = _RecordedExecutor(clock, records)
+    contents: dict[str, BlockTokens] = {}
+    executor = _RecordedExecutor(clock, records, contents)
     costs = CostModel(prior_from_json(header["prior"]))
     core = EngineCore(
         scheduler=assemble(Assembly.from_json(header["assembly"]), costs),
@@ -91,11 +101,15 @@ def replay(records: Sequence[Mapping[str, Any]]) -> Replay:
         costs=costs,
     )
     recorded: list[str] = []
+    pages = {record["n"]: record["pages"] for record in records if record["e"] in ("add", "pages")}
+    page_size: int = header["assembly"]["page_size"]
     for record in records[1:]:
         if record["e"] in ("add", "end", "plan"):
             clock.now = record["t"]
         if record["e"] == "add":
-            core.add(_request(record))
+            tokens = BlockTokens(pages[record["n"]], page_size, record["prompt_tokens"], -1 - record["n"])
+            contents[record["id"]] = tokens
+            core.add(_request(record, tokens))
         elif record["e"] == "end":
             core.end(record["id"], FinishReason(record["reason"]))
         elif record["e"] == "plan":
@@ -116,10 +130,10 @@ def _first_difference(recorded: Sequence[str], plans: Sequence[StepPlan]) -> int
     return newest if recorded and recorded[-1] != plan_digest(plans[-1]) else None
 
 
-def _request(record: Mapping[str, Any]) -> Request:
+def _request(record: Mapping[str, Any], tokens: BlockTokens) -> Request:
     return Request(
         id=record["id"],
-        prompt_token_ids=range(record["prompt_tokens"]),
+        prompt_token_ids=tokens,
         params=SamplingParams(max_tokens=None),
         arrival_time=record["arrival"],
         max_tokens=record["max_tokens"],
@@ -128,5 +142,4 @@ def _request(record: Mapping[str, Any]) -> Request:
         client=record["client"],
         priority=record["priority"],
         deadline=record["deadline"],
-        parent_id=record["parent"],
     )

@@ -193,7 +193,7 @@ def _run(
                 instance.run_until(row.arrival_s)
             instance = everyone[router.choose(index, everyone)]
         limit = row.output_tokens if options.forces_lengths else max(_MOST_OUTPUT, row.output_tokens)
-        instance.add(make_request(str(index), row, limit))
+        instance.add(make_request(index, row, limit))
     for instance in everyone:
         instance.run_until(math.inf)
 
@@ -212,11 +212,15 @@ def _result(instances: dict[int, Instance]) -> SimulationResult:
     end = max((instance.clock.now for instance in instances.values()), default=0.0)
     computed = sum(s.scheduled_tokens for s in stats)
     padded = sum(e.num_padded_tokens for e in executors)
+    caches = [s for i in instances.values() if (s := i.core.scheduler.prefix_cache_stats()) is not None]
     counters = {
         "steps": (float(sum(s.steps for s in stats)), "steps"),
         "preemptions": (float(sum(r.num_preemptions for r in requests)), "requests"),
         "scheduled_tokens": (float(computed), "tokens"),
         "padded_tokens": (float(padded), "tokens"),
+        "prefix_lookup_tokens": (float(sum(cache.lookup_tokens for cache in caches)), "tokens"),
+        "prefix_hit_tokens": (float(sum(cache.hit_tokens for cache in caches)), "tokens"),
+        "prefix_evicted_pages": (float(sum(cache.num_evicted_pages for cache in caches)), "pages"),
         "busy_s": (sum(e.busy_s for e in executors), "s"),
         "makespan_s": (end, "s"),
     }

@@ -12,24 +12,33 @@ from typing import NamedTuple, TextIO
 
 from jaxserve.errors import ConfigError
 
+MOONCAKE_BLOCK = 512  # tokens
 _FORMATS = "must be .csv or .jsonl, plain or .gz"
 
 
 class TraceRequest(NamedTuple):
-    """One request of a trace."""
+    """One request of a trace.
+
+    ``block_hashes`` has a number for each block of ``block_size`` tokens of the prompt, the last perhaps not
+    full: equal numbers at one place mean equal prompts up to the end of that block. Prompts without any have
+    nothing in common with others.
+    """
 
     arrival_s: float
     prompt_tokens: int
     output_tokens: int
     client: str = ""
     priority: int = 0
+    block_hashes: tuple[int, ...] = ()
+    block_size: int = MOONCAKE_BLOCK
 
 
 def read_trace(path: Path, most: int | None = None) -> list[TraceRequest]:
     """The first ``most`` requests of a trace (default: all), in order of arrival.
 
     CSV has the columns ``arrival_s, prompt_tokens, output_tokens`` (Azure's traces as published, renamed);
-    JSON lines have ``timestamp`` (ms), ``input_length``, ``output_length`` (Mooncake), or the CSV's names.
+    JSON lines have ``timestamp`` (ms), ``input_length``, ``output_length`` and perhaps ``hash_ids``
+    (Mooncake), or the CSV's names.
     Optional in both: ``client``, ``priority``.
 
     Raises:
@@ -56,7 +65,12 @@ def _json_rows(file: TextIO) -> Iterator[TraceRequest]:
     for line in file:
         row = json.loads(line)
         if "timestamp" in row:
-            yield TraceRequest(row["timestamp"] / 1e3, row["input_length"], row["output_length"])
+            yield TraceRequest(
+                row["timestamp"] / 1e3,
+                row["input_length"],
+                row["output_length"],
+                block_hashes=tuple(map(int, row.get("hash_ids", ()))),
+            )
         else:
             yield _named_row(row)
 

@@ -21,7 +21,15 @@ def test_every_part_runs_small_and_says_what_machine_it_was(tmp_path: Path, caps
     rungs = [
         r["case"] for r in records if r["workload"].startswith("seed-burst") and r["metric"] == "ttft_p50_s"
     ]
-    assert rungs[:4] == ["static", "dynamic", "iteration-level", "chunked"]
+    assert rungs[:5] == ["static", "dynamic", "iteration-level", "paged", "chunked"]
+    # 256 slots: without pages there is room for 53 requests, however short they are.
+    seed = {
+        r["case"]: r["value"]
+        for r in records
+        if r.get("slots") == 256 and r["metric"] == "wait_max_s" and r["workload"].startswith("seed-burst")
+        if r["arrivals"] == "at-once"
+    }
+    assert seed["iteration-level"] > 2 * seed["paged"]
     burst = "chats-and-bursts-of-prompts"
     worst = {
         case: values[case, burst, None, "itl_p99_ms"] for case in ("unchunked", "chunked-2048", "slo-25ms")

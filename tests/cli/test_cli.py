@@ -82,6 +82,7 @@ EXAMPLES: dict[str, tuple[str, Any]] = {
     "tokenizer": ("folder", "folder"),
     "revision": ("main", "main"),
     "dtype": ("bfloat16", "bfloat16"),
+    "kv_cache_dtype": ("int8", "int8"),
     "batching": ("static", "static"),
     "ordering": ("priority", "priority"),
     "composition": ("slo", "slo"),
@@ -105,8 +106,8 @@ EXAMPLES: dict[str, tuple[str, Any]] = {
 @pytest.mark.parametrize("name", [name for name, _ in config.flat_fields()])
 def test_flags_reach_the_config(name: str) -> None:
     flag = f"--{name.replace('_', '-')}"
-    if name == "compile_cache":
-        argv, expected = ["--no-compile-cache"], False
+    if name in ("compile_cache", "enable_prefix_caching"):
+        argv, expected = [f"--no-{flag[2:]}"], False
     else:
         text, expected = EXAMPLES.get(name, ("7", 7))
         argv = [flag, text]
@@ -306,6 +307,7 @@ class FakeBackend:
 
     def __init__(self) -> None:
         self.seen: list[Any] = []
+        self.options: list[tuple[str, str]] = []
         self.closed = 0
 
     def __enter__(self) -> FakeBackend:
@@ -314,8 +316,11 @@ class FakeBackend:
     def __exit__(self, *error: object) -> None:
         self.closed += 1
 
-    def stream(self, prompt: str, params: SamplingParams) -> Generator[RequestOutput]:
+    def stream(
+        self, prompt: str, params: SamplingParams, *, client: str = "", cache_salt: str = ""
+    ) -> Generator[RequestOutput]:
         self.seen.append((prompt, params))
+        self.options.append((client, cache_salt))
         for end in range(1, len(prompt) + 1):
             if prompt[end - 1] == "!":
                 raise KeyboardInterrupt
@@ -323,10 +328,10 @@ class FakeBackend:
             yield RequestOutput("id", prompt, [1], completions, end == len(prompt), RequestMetrics(0.0))
 
     def stream_chat(
-        self, messages: Sequence[Mapping[str, Any]], params: SamplingParams
+        self, messages: Sequence[Mapping[str, Any]], params: SamplingParams, **options: str
     ) -> Generator[RequestOutput]:
         self.seen.append(messages)
-        return self.stream(messages[-1]["content"], params)
+        return self.stream(messages[-1]["content"], params, **options)
 
 
 @pytest.fixture
@@ -344,6 +349,15 @@ def test_generate_streams_the_answer(backend: FakeBackend, capsys) -> None:
     assert backend.closed == 1
     assert main.main(["generate", "hello", "--n", "2"]) == 0
     assert capsys.readouterr().out == "[0] HELLO\n[1] HELLO\n"
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_client_and_cache_salt_are_passed_on(command: str, backend: FakeBackend) -> None:
+    assert main.main([command, "hello", "--client", "team-a", "--cache-salt", "tenant 7"]) == 0
+    assert backend.options == [("team-a", "tenant 7")]
+    assert main.main([command, "hello", "--cache-salt", "x" * 257]) == 2
+    assert main.main([command, "hello", "--client", "no spaces"]) == 2
+    assert backend.options == [("team-a", "tenant 7")]
 
 
 def test_generate_reads_stdin(backend: FakeBackend, capsys, monkeypatch) -> None:

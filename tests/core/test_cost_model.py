@@ -179,9 +179,16 @@ def test_predictions_never_beat_the_peaks() -> None:
     # 16.06 GB of weights and 64 x 768 x 128 KiB of KV at 3.35 TB/s.
     floor = (16.06e9 + 64 * 768 * 131072) / 3.35e12
     assert roofline.floor(bucket, features) == pytest.approx(floor, rel=1e-3)
+    expected = model.predict(bucket, features)
     for _ in range(64):
-        model.observe(bucket, features, 1e-4)  # a clock that is wrong
-    assert model.predict(bucket, features) == pytest.approx(floor, rel=1e-3)
+        model.observe(bucket, features, 1e-4)  # a clock that is wrong teaches nothing
+    assert model.num_rejected == 64 and model.predict(bucket, features) == expected
+    for _ in range(64):
+        model.observe(bucket, features, 1.001 * floor)
+    # One context was seen, so the fit knows no price of more; the bytes of four times as much have one.
+    more = features._replace(decode_context=4 * features.decode_context)
+    least = (16.06e9 + 4 * 64 * 768 * 131072) / 3.35e12
+    assert model.predict(bucket, more) >= least * (1 - 1e-3)
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ class Scripted:
     def key_until(self, request: Request, now: float) -> float:
         return now + 1.0
 
-    def lane(self, request: Request) -> str:
+    def lane(self, request: Request, now: float) -> str:
         return request.client
 
     def lane_key(self, lane: str) -> float:
@@ -153,7 +153,7 @@ def test_spf_gives_the_chunk_but_not_the_pages_of_a_long_prompt_to_a_short_one()
     core, fake = make_core(ordering="spf", pipeline_depth=0, token_budget=32, num_slots=4)
     core.add(make_request("long", range(100), 2))
     core.step()
-    core.add(make_request("short", range(5), 2, arrival=0.0))
+    core.add(make_request("short", range(60, 65), 2, arrival=0.0))
     core.step()
     rows = [(r.request_id, r.num_tokens) for r in fake.batches[1].plan.rows]
     assert rows == [("short", 5), ("long", 27)]
@@ -201,9 +201,9 @@ def test_two_clients_that_always_wait_get_the_same_service(ordering: str) -> Non
     core, executor = engine(clock, ordering=ordering, num_slots=8, pipeline_depth=0)
     rng = random.Random(1)
     for index in range(1500):
-        core.add(make_request(f"flood-{index}", [1] * 64, rng.randint(20, 60), client="flood"))
+        core.add(make_request(f"flood-{index}", [index] * 64, rng.randint(20, 60), client="flood"))
     for index in range(600):
-        core.add(make_request(f"calm-{index}", [1] * 16, rng.randint(5, 20), client="calm"))
+        core.add(make_request(f"calm-{index}", [2000 + index] * 16, rng.randint(5, 20), client="calm"))
     worst = 0.0
     for step in range(1000):
         core.step()

@@ -206,7 +206,7 @@ def test_min_tokens_outlives_a_stop_token() -> None:
 def test_siblings_share_the_prompt_pages() -> None:
     core, fake = make_core(num_slots=4, page_size=4, pipeline_depth=1)
     prompt = list(range(1, 23))  # 22 tokens: 5 full pages and 2 tokens more
-    requests = [make_request(f"r.{i}", prompt, 6, seed=i, parent_id="r.0" if i else None) for i in range(4)]
+    requests = [make_request(f"r.{i}", prompt, 6, seed=i) for i in range(4)]
     for request in requests:
         core.add(request)
     run_to_end(core)
@@ -221,7 +221,7 @@ def test_siblings_share_the_prompt_pages() -> None:
 def test_siblings_do_not_cut_a_batch_short(batching: str) -> None:
     core, fake = make_core(num_slots=4, pipeline_depth=0, batching=batching, batch_window_s=0.0)
     prompt = list(range(1, 11))
-    requests = [make_request(f"r.{i}", prompt, 5, seed=i, parent_id="r.0" if i else None) for i in range(4)]
+    requests = [make_request(f"r.{i}", prompt, 5, seed=i) for i in range(4)]
     for request in requests:
         core.add(request)
     run_to_end(core)
@@ -343,7 +343,7 @@ def test_admission_prices_the_whole_prompt() -> None:
     """Of 8 pages a prompt of 3 leaves 5: one of 7 must wait, though its first chunk would fit."""
     core, fake = make_core(num_pages=9, page_size=4, token_budget=16, num_slots=4, watermark_pages=0)
     core.add(make_request("small", list(range(12)), 2))
-    core.add(make_request("large", list(range(28)), 2))
+    core.add(make_request("large", list(range(50, 78)), 2))
     run_to_end(core)
     started = {a.request_id: plan.step for plan in plans(fake) for a in plan.admissions}
     small_ends = max(p.step for p in plans(fake) if any(r.request_id == "small" for r in p.rows))
@@ -390,7 +390,7 @@ def test_random_traffic_keeps_every_invariant(
         prompt = parent.prompt_token_ids if parent else random_prompt(rng, 40)
         request = make_request(
             f"r{index}", prompt, rng.randint(1, 24), seed=index, arrival=clock.now, stop_token_ids=stops,
-            parent_id=parent.id if parent else None, priority=rng.randint(-1, 1), client=f"c{index % 3}",
+            priority=rng.randint(-1, 1), client=f"c{index % 3}",
         )  # fmt: skip
         requests.append(request)
         core.add(request)

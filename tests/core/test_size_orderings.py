@@ -143,6 +143,77 @@ def test_sjf_in_the_engine_serves_short_before_long_and_preempts() -> None:
     assert len(long.output_token_ids) == 400
 
 
+@pytest.mark.parametrize(("quantum", "is_fair"), [(512.0, True), (float("inf"), False)])
+def test_a_client_with_short_requests_does_not_take_everything(quantum: float, is_fair: bool) -> None:
+    """Two clients always wait; by size alone, the one with long requests would never be served."""
+    clock = ManualClock()
+    core, _ = engine(clock, ordering="sjf", num_slots=4, pipeline_depth=0, max_wait_s=1e6)
+    # The engine's own ordering, with another quantum: the rest of the scheduler is as it serves.
+    core.scheduler._policies.ordering._quantum = quantum  # type: ignore[attr-defined]
+    for i in range(400):
+        core.add(make_request(f"short-{i}", [1] * 8, 8, client="short"))
+    for i in range(100):
+        core.add(make_request(f"long-{i}", [1] * 64, 64, client="long"))
+    served = {"short": 0.0, "long": 0.0}
+    for _ in range(600):
+        for update in core.step():
+            request = update.request
+            served[request.client] += 2 + (request.num_prompt_tokens if update.finished else 0)
+        clock.now += 0.01
+    assert core.scheduler.stats().num_waiting > 100, "both still wait"
+    if is_fair:
+        # A quantum, and what may be under way in four slots: 2 x (64 + 2 x 64) each at most.
+        assert abs(served["short"] - served["long"]) <= quantum + 4 * 192
+    else:
+        assert served["long"] == 0.0
+
+
+def test_promoted_requests_come_before_all_clients() -> None:
+    policy = ShortestJobFirst(ServiceTimes(make_context().costs, 4, 256), max_wait_s=8.0, quantum=100.0)
+    rich, poor = predicted("rich", 10, client="rich"), predicted("poor", 10, client="poor", arrival=5.0)
+    policy.queued(rich, 0.0)
+    policy.queued(poor, 5.0)
+    policy._clients.counters["rich"] += 1000.0
+    assert policy.lane_key(policy.lane(poor, 7.9)) < policy.lane_key(policy.lane(rich, 7.9))
+    assert policy.lane_key(policy.lane(rich, 8.0)) < policy.lane_key(policy.lane(poor, 8.0))
+    assert policy.key(rich, 8.0) < policy.key(poor, 8.0)
+
+
+def test_a_preempted_request_does_not_stand_still_for_long() -> None:
+    policy = sjf(max_wait_s=1000.0)
+    stopped = predicted("stopped", 4000)
+    policy.queued(stopped, 0.0)
+    policy.admitted(stopped, 0.0)
+    stopped.num_preemptions = 1
+    policy.queued(stopped, 1.0)
+    for step in range(200):
+        assert policy.lane(stopped, 1.0) == stopped.client, step
+        left = 200 - step
+        assert policy.key_until(stopped, 1.0) == pytest.approx(1.0 + left * policy._times.token_s)
+        policy.generated([], 1.0)
+    fresh = predicted("fresh", 1)
+    policy.queued(fresh, 1.0)
+    assert policy.key(stopped, 1.0) < policy.key(fresh, 1.0)
+    assert policy.lane_key(policy.lane(stopped, 1.0)) < policy.lane_key(policy.lane(fresh, 1.0))
+    # It runs, and nobody takes its slot for ten steps.
+    policy.admitted(stopped, 1.0)
+    stopped.output_token_ids, stopped.num_computed_tokens, stopped.num_tokens = [1] * 9, 13, 14
+    for _ in range(10):
+        assert policy.preempts([stopped], fresh, 1.0) is None
+        policy.generated([], 1.0)
+    assert policy.preempts([stopped], fresh, 1.0) is stopped
+
+
+def test_who_never_ran_has_the_wait_cap_and_no_idle_rule() -> None:
+    policy = sjf(max_wait_s=1000.0)
+    waiting = predicted("waiting", 4000)
+    policy.queued(waiting, 0.0)
+    for _ in range(300):
+        policy.generated([], 0.0)
+    assert policy.lane(waiting, 1.0) == waiting.client
+    assert policy.key_until(waiting, 1.0) == 1000.0
+
+
 # ---------------------------------------------------------------------- mlfq
 
 

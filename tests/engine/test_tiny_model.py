@@ -129,6 +129,7 @@ def test_neighbours_change_nothing(llm: LLM, alone: list[list[int]]) -> None:
     [
         {"pipeline_depth": 0},
         {"pipeline_depth": 2},
+        {"enable_prefix_caching": False},
         {"max_num_batched_tokens": 8, "token_buckets": (8,)},
         {"max_num_batched_tokens": 128, "token_buckets": (128,)},
         {"page_size": 32, "num_pages": 60},

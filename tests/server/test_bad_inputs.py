@@ -87,6 +87,8 @@ BAD_PROMPTS: list[tuple[str, Change, str]] = [
     ("request id with spaces", setting("request_id", "a b"), "request_id"),
     ("request id of 129", setting("request_id", "a" * 129), "request_id"),
     ("request id as a path", setting("request_id", "../../etc/passwd"), "request_id"),
+    ("client with spaces", setting("client", "a b"), "client"),
+    ("client of 129", setting("client", "a" * 129), "client"),
     (
         "both limits",
         lambda request: request.stopping.MergeFrom(pb.Stopping(max_tokens=3, unlimited=True)),
@@ -185,6 +187,11 @@ async def test_the_client_raises_the_engines_own_error(client: AsyncClient) -> N
         ({"priority": -(2**31) - 1}, r"priority=-2147483649: must be an integer in \["),
         ({"priority": 1.5}, r"priority=1\.5: must be an integer in \["),
         ({"priority": None}, r"priority=None: must be an integer in \["),
+        ({"cache_salt": "x" * 257}, r"cache_salt='x+\W*: must be a text of at most 256 characters"),
+        ({"client": "no spaces"}, r"client='no spaces': must be empty or 1 to 128 characters"),
+        ({"client": None}, r"client=None: must be empty"),
+        ({"cache_salt": 7}, r"cache_salt=7: must be a text"),
+        ({"cache_salt": "\ud800"}, r"cache_salt=.*must be valid Unicode"),
         ({"request_id": "\udcff"}, r"request_id='\\udcff': must be 1 to 128 characters of"),
         ({"request_id": 7}, "request_id=7: must be 1 to 128 characters of"),
         ({"timeout_s": -1.0}, r"timeout_s=-1\.0: must be a finite number in \["),
@@ -281,7 +288,7 @@ RAW = {
     "nested 10,000 deep": b"\x2a\x7f" * 10_000,
     "unknown field": GOOD + b"\x9a\x06\x01x",
     "unknown nested field": b"\x1a\x01x\x32\x03\xf8\x07\x01",
-    "reserved field": GOOD + b"\x52\x00",
+    "reserved field": GOOD + b"\x6a\x00",
 }
 
 

@@ -12,7 +12,7 @@ from jaxserve.server.client import AsyncClient, Client
 from jaxserve.server.errors import DeadlineError, RequestAbortedError, RequestFailedError
 from jaxserve.server.protos.jaxserve.v1 import inference_pb2 as pb
 from jaxserve.server.protos.jaxserve.v1.inference_pb2_grpc import InferenceStub
-from tests.support.fake_engine import FakeEngine, chat_token_ids, letters
+from tests.support.fake_engine import NUM_CACHED, FakeEngine, chat_token_ids, letters
 
 PROMPT = [3, 5, 7]  # sums to 15: the first letter of the answer is "p"
 
@@ -43,6 +43,7 @@ async def test_generate_returns_the_whole_answer(client: AsyncClient) -> None:
     assert completion.logprobs is None
     assert output.metrics.ttft_s is not None
     assert output.metrics.e2e_s is not None
+    assert output.metrics.num_cached_tokens == NUM_CACHED
 
 
 async def test_text_and_chat_prompts(client: AsyncClient, engine: FakeEngine) -> None:
@@ -92,6 +93,7 @@ async def test_messages_on_the_wire_hold_only_what_is_new(target: str) -> None:
     )
     assert [message.HasField("usage") for message in messages] == [False, False, True]
     assert (messages[-1].usage.prompt_tokens, messages[-1].usage.completion_tokens) == (3, 3)
+    assert messages[-1].usage.cached_tokens == NUM_CACHED
     assert messages[-1].timings.finish_s >= messages[-1].timings.first_token_s >= 0
     assert messages[-1].outputs[0].finish.reason == pb.FINISH_REASON_LENGTH
     assert [(m.outputs[0].text, list(m.outputs[0].token_ids)) for m in silent] == [
@@ -140,11 +142,15 @@ async def test_every_parameter_reaches_the_engine(client: AsyncClient, engine: F
     )
     # gRPC counts deadlines on the wall clock: months, so that a machine that sets its clock fails no test.
     timeout_s = 1e7
-    stream = client.stream(PROMPT, params, priority=-7, timeout_s=timeout_s)
+    stream = client.stream(
+        PROMPT, params, priority=-7, client="team-a", cache_salt="tenant", timeout_s=timeout_s
+    )
     await anext(stream)
     await stream.aclose()
     assert engine.params == params
     assert engine.options["priority"] == -7
+    assert engine.options["client"] == "team-a"
+    assert engine.options["cache_salt"] == "tenant"
     assert engine.options["timeout_s"] == pytest.approx(timeout_s, rel=0.5)
 
 

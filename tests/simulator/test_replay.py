@@ -33,11 +33,13 @@ def live_run(seed: int, depth: int = 1, **policies: Any) -> tuple[list[dict[str,
     )  # fmt: skip
     requests: list[Request] = []
     for index in range(30):
-        parent = requests[-1] if requests and rng.random() < 0.2 else None
-        prompt = parent.prompt_token_ids if parent else random_prompt(rng, 40)
+        before = rng.choice(requests[-5:]) if requests and rng.random() < 0.4 else None
+        prompt = random_prompt(rng, 40)
+        if before is not None:  # another turn, or the same again
+            prompt = [*before.prompt_token_ids, *before.output_token_ids][:50]
         request = make_request(
             f"r{index}", prompt, rng.randint(5, 24), seed=index, arrival=clock.now,
-            stop_token_ids=frozenset({rng.randrange(101)}), parent_id=parent.id if parent else None,
+            stop_token_ids=frozenset({rng.randrange(101)}), cache_salt=rng.choice(["", "", "salt"]),
             priority=rng.randint(-1, 1), client=f"c{index % 3}", min_tokens=rng.choice([0, 0, 5]),
             deadline=clock.now + 0.5 if rng.random() < 0.1 else None,
         )  # fmt: skip
@@ -74,6 +76,21 @@ def test_any_recorded_run_replays_to_identical_plans(
     live = [batch.plan for batch in fake.batches]
     assert [plan.rows for plan in found.plans] == [plan.rows for plan in live]
     assert [plan.page_updates for plan in found.plans] == [plan.page_updates for plan in live]
+
+
+def test_replayed_requests_find_what_the_recorded_ones_found() -> None:
+    records, fake = live_run(1)
+    assert any(row.start and row.num_tokens > 1 for batch in fake.batches for row in batch.plan.rows)
+    shared = sum(len(a.page_ids) for batch in fake.batches for a in batch.plan.admissions)
+    found = replay(records)
+    assert found.first_difference is None
+    assert sum(len(a.page_ids) for plan in found.plans for a in plan.admissions) == shared
+    pages = [record["pages"] for record in records if record["e"] == "pages"]
+    assert len(pages) == 30, "every request says which pages it filled"
+    for record in records:
+        if record["e"] in ("add", "pages"):
+            record["pages"] = []
+    assert replay(records).first_difference is not None, "without the page numbers nothing is found again"
 
 
 @pytest.mark.parametrize("change", ["missing", "slow", "longer", "order"])

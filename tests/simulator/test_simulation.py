@@ -24,6 +24,7 @@ from jaxserve.simulator.cluster import Cluster, ClusterConfig, make_cluster
 from jaxserve.simulator.measures import percentile, weighted_percentile
 from jaxserve.simulator.simulation import SimulationOptions, SimulationResult, simulate
 from jaxserve.simulator.timeline import write_timeline
+from jaxserve.simulator.tokens import BlockTokens
 from jaxserve.simulator.trace import (
     TraceRequest,
     at_once,
@@ -33,6 +34,7 @@ from jaxserve.simulator.trace import (
     repeated,
     uniform,
 )
+from tests.support.prefix_trie import PrefixTrie
 
 ORACLE = SimulationOptions(predictor="oracle", keep_steps=True)
 
@@ -195,6 +197,52 @@ def test_cluster_sizes_by_hand() -> None:
         simulate([TraceRequest(0.0, 4000, 10)], cluster({"num_pages": 60}), ORACLE)
 
 
+def test_block_hashes_say_what_is_cached() -> None:
+    """Conversations of growing prompts, a number for each block of 512 tokens: hits as a trie counts them."""
+    rng, trie, blocks = random.Random(2), PrefixTrie(1), itertools.count(1)
+    trace: list[TraceRequest] = []
+    talks: list[tuple[int, ...]] = []
+    expected = 0
+    for index in range(60):
+        before = rng.choice(talks) if talks and rng.random() < 0.6 else ()
+        hashes = (*before, *(next(blocks) for _ in range(rng.randint(1, 3))))
+        talks.append(hashes)
+        length = 512 * len(hashes) - rng.randint(1, 500)
+        trace.append(TraceRequest(5.0 * index, length, 4, block_hashes=hashes))
+        # A block that is not full is shared up to its last full page: pages are counted, not blocks.
+        tokens = [block for block in hashes for _ in range(512)][:length]
+        pages = [tuple(tokens[i : i + 16]) for i in range(0, length - 15, 16)]
+        names = [hash(tuple(pages[: i + 1])) for i in range(len(pages))]
+        expected += 16 * trie.hit_tokens([*names[: (length - 1) // 16], 0])
+        trie.add(names)
+    result = run(trace, max_num_seqs=4)
+    assert result.counters["prefix_hit_tokens"][0] == expected > 10_000
+    assert result.counters["prefix_lookup_tokens"][0] == sum(row.prompt_tokens for row in trace)
+    computed = sum(plan.num_tokens for plan in (step.plan for step in result.steps[0]))
+    assert computed < sum(row.prompt_tokens for row in trace) - expected + 60 * 5
+    without = simulate(trace, cluster({"enable_prefix_caching": False}, max_num_seqs=4), ORACLE)
+    assert without.counters["prefix_hit_tokens"][0] == 0
+    assert result.metrics()["ttft_mean_s"][0] < without.metrics()["ttft_mean_s"][0]
+
+
+def test_prompts_without_hashes_have_nothing_in_common() -> None:
+    result = run([TraceRequest(float(i), 700, 3) for i in range(10)], max_num_seqs=2)
+    assert result.counters["prefix_hit_tokens"][0] == 0
+
+
+@pytest.mark.parametrize("bounds", [(0, 10), (3, 9), (9, 40), (38, 40), (5, 5), (-4, None), (None, None)])
+def test_block_tokens_are_a_sequence(bounds: tuple[int | None, int | None]) -> None:
+    tokens = BlockTokens([5, 6, 7], 8, 40, -1)
+    listed = [5] * 8 + [6] * 8 + [7] * 8 + [-1] * 16
+    assert list(tokens) == listed
+    assert len(tokens) == 40
+    assert list(tokens[slice(*bounds)]) == listed[slice(*bounds)]
+    assert [tokens[i] for i in range(-40, 40)] == listed * 2
+    assert list(tokens[3:30:5]) == listed[3:30:5]
+    with pytest.raises(IndexError):
+        tokens[40]
+
+
 def test_traces_are_read_repeated_and_stretched(tmp_path: Path) -> None:
     csv = tmp_path / "t.csv"
     csv.write_text("arrival_s,prompt_tokens,output_tokens,client\n2.0,7,0,b\n0.5,5,3,a\n")
@@ -202,7 +250,7 @@ def test_traces_are_read_repeated_and_stretched(tmp_path: Path) -> None:
     assert rows == [TraceRequest(0.5, 5, 3, "a"), TraceRequest(2.0, 7, 1, "b")]
     mooncake = tmp_path / "m.jsonl"
     mooncake.write_text('{"timestamp": 1500, "input_length": 9, "output_length": 4, "hash_ids": [1]}\n')
-    assert read_trace(mooncake) == [TraceRequest(1.5, 9, 4)]
+    assert read_trace(mooncake) == [TraceRequest(1.5, 9, 4, block_hashes=(1,))]
     assert [row.arrival_s for row in repeated(rows, 5)] == [0.5, 2.0, 3.5, 5.0, 6.5]
     assert [row.arrival_s for row in at_rate(rows, 4.0)] == [0.0, 0.25]
     for name in ("missing.csv", "t.txt"):

@@ -39,6 +39,7 @@ def make_core(
     pipeline_depth: int = 1,
     watermark_pages: int = 1,
     max_queued_requests: int = 100_000,
+    prefix_caching: bool = True,
     clock: Callable[[], float] | None = None,
     executor: Any = None,
     predictor: LengthPredictor | None = None,
@@ -58,6 +59,7 @@ def make_core(
         page_size=page_size,
         watermark_pages=watermark_pages,
         max_queued_requests=max_queued_requests,
+        prefix_caching=prefix_caching,
     )
     costs = CostModel(UnknownDevice())
     core = EngineCore(
@@ -81,11 +83,11 @@ def make_request(
     seed: int = 0,
     arrival: float = 0.0,
     stop_token_ids: frozenset[int] = frozenset(),
-    parent_id: str | None = None,
     priority: int = 0,
     deadline: float | None = None,
     min_tokens: int = 0,
     client: str = "",
+    cache_salt: str = "",
 ) -> Request:
     """A request as the input processor would make it."""
     return Request(
@@ -98,8 +100,8 @@ def make_request(
         stop_token_ids=stop_token_ids,
         priority=priority,
         deadline=deadline,
-        parent_id=parent_id,
         client=client,
+        cache_salt=cache_salt,
     )
 
 

@@ -17,6 +17,7 @@ from jaxserve.outputs import CompletionOutput, Logprob, RequestMetrics, RequestO
 from jaxserve.request import FinishReason, SamplingParams
 
 VOCAB_SIZE = 256
+NUM_CACHED = 3
 _ROLES = ("system", "user", "assistant")
 
 
@@ -90,6 +91,7 @@ class FakeEngine:
         validation.check_prompt_token_ids(token_ids, self.limits)
         validation.check_params_against_model(params, self.limits)
         validation.check_priority(options["priority"])
+        validation.check_client(options["client"])
         validation.check_timeout(options["timeout_s"])
         request_id = validation.check_request_id(options["request_id"] or f"fake-{next(self._ids)}")
         if request_id in self.live:
@@ -161,7 +163,12 @@ class FakeEngine:
             times = (start, start, start + self.step_s, loop.time() if reason else None)
             text = prompt if isinstance(prompt, str) else None
             yield RequestOutput(
-                request_id, text, token_ids, completions, reason is not None, RequestMetrics(*times)
+                request_id,
+                text,
+                token_ids,
+                completions,
+                reason is not None,
+                RequestMetrics(*times, num_cached_tokens=NUM_CACHED),
             )
             if reason is not None:
                 return

@@ -42,7 +42,7 @@ class DeficitLongestPrefixMatch:
     def key_until(self, request: Request, now: float) -> float:
         return now + _REFRESH_S
 
-    def lane(self, request: Request) -> str:
+    def lane(self, request: Request, now: float) -> str:
         return request.client
 
     def lane_key(self, lane: str) -> float:

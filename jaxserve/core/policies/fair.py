@@ -34,7 +34,7 @@ class VirtualTokenCounters:
     def key(self, request: Request, now: float) -> SortKey:
         return (request.arrival_time,)
 
-    def lane(self, request: Request) -> str:
+    def lane(self, request: Request, now: float) -> str:
         return request.client
 
     def lane_key(self, lane: str) -> float:

@@ -6,8 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import final
 
+from jaxserve.core.policies.fair import VirtualTokenCounters
 from jaxserve.core.policies.sizes import ServiceTimes
-from jaxserve.core.policies.starvation import NORMAL, PROMOTED, WaitCap
+from jaxserve.core.policies.starvation import NORMAL, PROMOTED, IdleRule, WaitCap
 from jaxserve.core.policy import PolicyContext, SortKey
 from jaxserve.request import Request
 
@@ -16,6 +17,8 @@ PREEMPTIBLE_SHARE = 0.8
 # ... and only for one that is shorter by this share of its own size.
 LEAST_GAIN = 0.2
 FIRST_SLICE = 512  # output tokens; doubles with every slice
+QUANTUM_BUDGETS = 8  # token budgets of a step that a client may be ahead of another that waits
+_PROMOTED_LANE = "!"  # no client is called so: see `validation.check_client`
 
 
 @final
@@ -36,16 +39,28 @@ class ShortestJobFirst:
     *Time slices*: a request that outgrows its upper quantile was taken for short by mistake. It is then as
     long as its slice, 512 output tokens doubling with each, and may be preempted once in each of them.
 
+    *Clients*: those that had a quantum of service more than another that waits come after it, whatever their
+    sizes; within a quantum only sizes count. Promoted requests come before all others, whoever sent them.
+    With one client there is nobody to come after.
+
+    *Standing still*: a preempted request is promoted after 200 steps, and then runs ten undisturbed.
+
     Args:
         times: sizes.
         max_wait_s: a waiting request is promoted after so many seconds.
         gamma: seconds of size that a second of waiting is worth.
+        quantum: weighted tokens (`VirtualTokenCounters`) that a client may be ahead.
     """
 
-    def __init__(self, times: ServiceTimes, max_wait_s: float, gamma: float = 0.02) -> None:
+    def __init__(
+        self, times: ServiceTimes, max_wait_s: float, gamma: float = 0.02, quantum: float = math.inf
+    ) -> None:
         self._times = times
         self._cap = WaitCap(max_wait_s)
+        self._idle = IdleRule()
+        self._clients = VirtualTokenCounters()
         self._gamma = gamma
+        self._quantum = quantum
         self._slices: dict[Request, int] = {}  # of those that outgrew their prediction: how often
         self._initial: dict[Request, float] = {}  # first predictions of those running
         self._ends: dict[Request, float] = {}  # output tokens at which the present slice is used up
@@ -54,17 +69,30 @@ class ShortestJobFirst:
     @classmethod
     def from_context(cls, context: PolicyContext) -> ShortestJobFirst:
         times = ServiceTimes(context.costs, context.num_slots, context.token_budget)
-        return cls(times, context.config.max_wait_s)
+        return cls(times, context.config.max_wait_s, quantum=QUANTUM_BUDGETS * context.token_budget)
 
     # ------------------------------------------------------------------ order
 
     def key(self, request: Request, now: float) -> SortKey:
-        if self._cap.is_promoted(request, now):
+        if self._is_promoted(request, now):
             return (PROMOTED, request.arrival_time)
         return (NORMAL, self._size_s(request) + self._gamma * request.arrival_time)
 
     def key_until(self, request: Request, now: float) -> float:
-        return self._cap.until(request, now)
+        until = self._cap.until(request, now)
+        left = self._idle.idle_steps_left(request)
+        if left is None or self._is_promoted(request, now):
+            return until
+        return min(until, now + left * self._times.token_s)  # steps have no clock: then it is asked again
+
+    def lane(self, request: Request, now: float) -> str:
+        return _PROMOTED_LANE if self._is_promoted(request, now) else request.client
+
+    def lane_key(self, lane: str) -> float:
+        return PROMOTED if lane == _PROMOTED_LANE else self._clients.counters[lane] // self._quantum
+
+    def _is_promoted(self, request: Request, now: float) -> bool:
+        return self._cap.is_promoted(request, now) or self._idle.idle_steps_left(request) == 0
 
     def factors(self, request: Request) -> Mapping[str, float]:
         return {
@@ -85,14 +113,19 @@ class ShortestJobFirst:
     # ------------------------------------------------------------------ events
 
     def queued(self, request: Request, now: float) -> None:
+        self._idle.queued(request)
+        self._clients.queued(request, now)
         if request.predicted_output_tokens is not None:
             self._initial.setdefault(request, request.predicted_output_tokens)
             self._ends.setdefault(request, request.predicted_output_upper)
 
     def admitted(self, request: Request, now: float) -> None:
-        pass
+        self._idle.admitted(request)
+        self._clients.admitted(request, now)
 
     def generated(self, requests: Sequence[Request], now: float) -> None:
+        self._idle.step_done()
+        self._clients.generated(requests, now)
         ends = self._ends
         for request in requests:
             generated = len(request.output_token_ids)
@@ -102,13 +135,15 @@ class ShortestJobFirst:
                 ends[request] = generated + FIRST_SLICE * 2.0 ** (outgrown - 1)
 
     def left(self, request: Request, now: float, *, was_waiting: bool) -> None:
+        self._idle.left(request)
+        self._clients.left(request, now, was_waiting=was_waiting)
         for memory in (self._slices, self._initial, self._ends, self._yielded):
             memory.pop(request, None)
 
     # ------------------------------------------------------------------ preemption
 
     def preempts(self, running: Sequence[Request], head: Request, now: float) -> Request | None:
-        if self._cap.is_promoted(head, now):
+        if self._is_promoted(head, now):
             return None  # its turn comes by arrival; nobody is thrown out for it
         size_s = self._size_s(head)
         sizes = [self._size_s(request) for request in running]
@@ -132,6 +167,8 @@ class ShortestJobFirst:
     def _may_yield(self, request: Request) -> bool:
         if request.num_computed_tokens < request.num_prompt_tokens:
             return False  # its prompt is being computed: all of that would be lost
+        if self._idle.is_granted(request):
+            return False
         current = self._slices.get(request, 0)
         if self._yielded.get(request, -1) >= current:
             return False  # once a slice: it must get on
