@@ -30,6 +30,8 @@ from jaxserve.pallas_kernels.ragged_paged_attention.variant import AttentionVari
 # Tokens of context per iteration, and queries per block of a chunk; measured, see README.md.
 _KV_BLOCK_TOKENS = 128
 _QUERY_BLOCK_TOKENS = 64
+# Of single queries in float32: what a row has too little for a block is copied for nothing.
+_SMALL_KV_BLOCK_TOKENS = 64
 
 # Below every score of finite inputs, and finite: the difference of two infinities is NaN.
 _MASKED = -1e30
@@ -154,7 +156,9 @@ def _attend(blocks: _QueryBlocks, kv_pages: KVPages, variant: AttentionVariant) 
     end = jnp.max(blocks.positions, axis=1) + 1
     first_seen = _first_seen_position(blocks.positions, variant.sliding_window)
     first_page = first_seen // page_size
-    num_columns = max(1, min(_KV_BLOCK_TOKENS // page_size, blocks.page_table.shape[1]))
+    is_small = size == 1 and dtype == jnp.float32
+    block_tokens = _SMALL_KV_BLOCK_TOKENS if is_small else _KV_BLOCK_TOKENS
+    num_columns = max(1, min(block_tokens // page_size, blocks.page_table.shape[1]))
     length = num_columns * page_size
     columns = jnp.arange(num_columns, dtype=jnp.int32)[None, :]
     offsets = jnp.arange(length, dtype=jnp.int32)[None, :]
