@@ -207,14 +207,17 @@ def check(config: EngineConfig) -> None:
         config.parallel,
         config.runner,
     )
-    _require_choice("dtype", model.dtype, get_args(DType))
-    _require_choice("kv_cache_dtype", cache.kv_cache_dtype, get_args(KVCacheDType))
-    _require_choice("batching", scheduler.batching, get_args(Batching))
-    _require_choice("ordering", scheduler.ordering, get_args(Ordering))
-    _require_choice("composition", scheduler.composition, get_args(Composition))
-    _require_choice("victim", scheduler.victim, get_args(Victim))
-    _require_choice("attention", runner.attention, get_args(Attention))
-    _require_choice("device", runner.device, get_args(Device))
+    for name, value, choices in (
+        ("dtype", model.dtype, DType),
+        ("kv_cache_dtype", cache.kv_cache_dtype, KVCacheDType),
+        ("batching", scheduler.batching, Batching),
+        ("ordering", scheduler.ordering, Ordering),
+        ("composition", scheduler.composition, Composition),
+        ("victim", scheduler.victim, Victim),
+        ("attention", runner.attention, Attention),
+        ("device", runner.device, Device),
+    ):
+        _require_choice(name, value, get_args(choices))
     _require(
         isinstance(model.model, str) and bool(model.model),
         "model",
@@ -267,6 +270,11 @@ def check(config: EngineConfig) -> None:
         _require(_is_number(seconds) and 0.0 < seconds <= 86400.0, name, seconds, "must be in (0, 86400]")
     for name, file in (("decision_log", scheduler.decision_log), ("record", scheduler.record)):
         _require(file is None or (isinstance(file, str) and bool(file)), name, file, "must be a file's path")
+    _check_ladders(runner, scheduler.max_num_batched_tokens)
+
+
+def _check_ladders(runner: RunnerConfig, budget: int | None) -> None:
+    """Raises ConfigError for buckets that are no ladder, or end elsewhere than the token budget."""
     for name, ladder in (("token_buckets", runner.token_buckets), ("row_buckets", runner.row_buckets)):
         good = ladder is None or (
             isinstance(ladder, tuple | list)
@@ -275,7 +283,6 @@ def check(config: EngineConfig) -> None:
             and list(ladder) == sorted(set(ladder))
         )
         _require(good, name, ladder, "must be a strictly increasing list of positive integers")
-    budget = scheduler.max_num_batched_tokens
     if budget is not None and runner.token_buckets is not None:
         _require(
             runner.token_buckets[-1] == budget,

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.compilation_cache import compilation_cache
 from tqdm import tqdm
 
 from jaxserve import validation
@@ -302,7 +303,9 @@ def make_engine(
 def use_compile_cache(folder: Path) -> None:
     """Keeps every program that is compiled from now on in a folder, and takes it from there."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # it holds native code: nobody else may write there
-    jax.config.update("jax_compilation_cache_dir", str(folder))
+    if jax.config.jax_compilation_cache_dir != str(folder):
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        compilation_cache.reset_cache()  # one that is in use already would stay where it is
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 

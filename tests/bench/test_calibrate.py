@@ -45,6 +45,7 @@ def test_a_profile_is_measured_written_and_simulated_by_name(tmp_path: Path, cap
     capsys.readouterr()
 
 
+@pytest.mark.nightly
 def test_the_burst_is_measured_on_any_device(tmp_path: Path, capsys) -> None:
     output = tmp_path / "out.jsonl"
     flags = (

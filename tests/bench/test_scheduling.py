@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -9,15 +10,34 @@ from bench.results import read_results
 from jaxserve.simulator.simulation import FinishedRequest, SimulationResult
 
 
-def test_every_part_runs_small_and_says_what_machine_it_was(tmp_path: Path, capsys) -> None:
-    path = tmp_path / "out.jsonl"
+def run_parts(parts: str, requests: int, folder: Path) -> list[dict[str, Any]]:
+    path = folder / "out.jsonl"
     # A folder without traces: lengths are drawn, and the workload's name says so.
-    flags = ["--traces", str(tmp_path), "--output", str(path)]
-    assert scheduling.main(["--parts", "bursts", "--requests", "400", *flags]) == 0
-    assert scheduling.main(["--parts", "starvation,ladder", "--requests", "80", *flags]) == 0
+    flags = ["--traces", str(folder), "--output", str(path), "--requests", str(requests)]
+    assert scheduling.main(["--parts", parts, *flags]) == 0
     records = read_results([path])
     assert all("uncalibrated" in record["machine"] for record in records)
-    values = {(r["case"], r["workload"], r.get("arrivals"), r["metric"]): r["value"] for r in records}
+    return records
+
+
+def values_of(records: list[dict[str, Any]]) -> dict[tuple[Any, ...], float]:
+    return {(r["case"], r["workload"], r.get("arrivals"), r["metric"]): r["value"] for r in records}
+
+
+def test_bursts_stall_less_with_smaller_chunks(tmp_path: Path, capsys) -> None:
+    values = values_of(run_parts("bursts", 400, tmp_path))
+    burst = "chats-and-bursts-of-prompts"
+    worst = {
+        case: values[case, burst, None, "itl_p99_ms"] for case in ("unchunked", "chunked-2048", "slo-25ms")
+    }
+    assert worst["unchunked"] > worst["chunked-2048"] > worst["slo-25ms"]
+    capsys.readouterr()
+
+
+@pytest.mark.nightly
+def test_the_ladder_and_starvation_run_small(tmp_path: Path, capsys) -> None:
+    records = run_parts("starvation,ladder", 80, tmp_path)
+    values = values_of(records)
     rungs = [
         r["case"] for r in records if r["workload"].startswith("seed-burst") and r["metric"] == "ttft_p50_s"
     ]
@@ -30,11 +50,6 @@ def test_every_part_runs_small_and_says_what_machine_it_was(tmp_path: Path, caps
         if r["arrivals"] == "at-once"
     }
     assert seed["iteration-level"] > 2 * seed["paged"]
-    burst = "chats-and-bursts-of-prompts"
-    worst = {
-        case: values[case, burst, None, "itl_p99_ms"] for case in ("unchunked", "chunked-2048", "slo-25ms")
-    }
-    assert worst["unchunked"] > worst["chunked-2048"] > worst["slo-25ms"]
     for case in ("sjf-8s", "sjf-60s", "mlfq", "priority"):
         stream = "short-stream-at-1.5"
         assert values[case, stream, None, "wait_max_s"] <= values[case, stream, None, "wait_bound_s"]

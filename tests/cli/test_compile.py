@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from jaxserve import LLM, SamplingParams
 from jaxserve.cli import main
@@ -38,6 +39,7 @@ def compile_cache_is_restored():
     yield
     for name, value in before.items():
         jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
