@@ -7,6 +7,7 @@ silently, so every id is bounded here, on the host, by the width of the logits.
 from __future__ import annotations
 
 import dataclasses
+import numbers
 import operator
 import re
 from collections.abc import Mapping, Sequence
@@ -31,6 +32,10 @@ MAX_PENALTY = 2.0
 MAX_REPETITION_PENALTY = 10.0
 MIN_REPETITION_PENALTY = 0.01
 MAX_PROMPT_CHARS = 16 * 2**20
+# Of calls that only tokenise: no context length bounds them, and everybody else waits meanwhile.
+MAX_TOKENIZED_CHARS = 2**20
+MAX_DETOKENIZED_IDS = 2**18
+MAX_MESSAGES = 4096
 MAX_CACHE_SALT_CHARS = 256
 REQUEST_ID = re.compile(r"[A-Za-z0-9_.:\-]{1,128}")
 
@@ -107,6 +112,26 @@ def check_prompt_text(text: object) -> str:
         )
     check_unicode("prompt", text)
     return text
+
+
+def check_tokenized_chars(field: str, text: str) -> None:
+    """Bounds a text that is tokenised for its own sake. Raises ValidationError."""
+    if len(text) > MAX_TOKENIZED_CHARS:
+        raise ValidationError(
+            field, f"<{len(text)} characters>", f"must have at most {MAX_TOKENIZED_CHARS} characters"
+        )
+
+
+def check_detokenized_ids(token_ids: Sequence[int], limits: RequestLimits) -> None:
+    """Checks ids that are to become text. Raises ValidationError."""
+    _check_sequence("token_ids", token_ids, MAX_DETOKENIZED_IDS)
+    check_token_ids("token_ids", token_ids, limits.vocab_size)
+
+
+def check_num_messages(count: int) -> None:
+    """Bounds a conversation before anything is made of it. Raises ValidationError."""
+    if not 1 <= count <= MAX_MESSAGES:
+        raise ValidationError("messages", f"{count} messages", f"must be 1 to {MAX_MESSAGES}")
 
 
 def check_unicode(field: str, text: str) -> None:
@@ -199,7 +224,7 @@ def _check_int(field: str, value: object, low: int, high: int) -> None:
 def _check_float(field: str, value: object, low: float, high: float) -> None:
     if (
         isinstance(value, bool)
-        or not isinstance(value, int | float)
+        or not isinstance(value, numbers.Real)  # numpy's too
         or not low <= value <= high  # also refuses NaN; `math.isfinite` would overflow on a huge integer
     ):
         raise ValidationError(field, value, f"must be a finite number in [{low:g}, {high:g}]")

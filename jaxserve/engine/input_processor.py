@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 from jaxserve import validation
-from jaxserve.errors import ValidationError
+from jaxserve.errors import CapacityError, ValidationError
 from jaxserve.loading.tokenizer import Tokenizer
 from jaxserve.request import Request, SamplingParams
 
@@ -104,6 +104,12 @@ class InputProcessor:
         )
         now = self._clock()
         longest = min(self.limits.max_model_len, self.limits.num_cache_tokens) - len(token_ids)
+        if params.min_tokens > longest:
+            raise CapacityError(
+                "min_tokens",
+                params.min_tokens,
+                f"must be at most {longest} after a prompt of {len(token_ids)}",
+            )
         seed = self._rng.getrandbits(32) if params.seed is None else operator.index(params.seed)
         ends = set(params.stop_token_ids)
         if not params.ignore_eos:

@@ -16,14 +16,13 @@ from typing import Any
 import minijinja
 
 from jaxserve.errors import ValidationError
-from jaxserve.validation import check_unicode
+from jaxserve.validation import check_num_messages, check_unicode
 
 ROLES = ("system", "user", "assistant", "tool", "developer")
 # Llama 3.1's template with tools needs about 2,000 steps and 100 a message; a runaway loop stops in 0.1 s.
 _FUEL_PER_MESSAGE = 2_000
 _BASE_FUEL = 100_000
 _MAX_TEMPLATE_CHARS = 65_536
-_MAX_MESSAGES = 4_096
 _MAX_CONTENT_CHARS = 4 * 2**20
 _MAX_OUTPUT_CHARS = 8 * 2**20
 _GENERATION_TAG = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")  # marks training targets; prints nothing
@@ -91,8 +90,7 @@ def check_messages(messages: object) -> list[dict[str, Any]]:
     """
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
         raise ValidationError("messages", messages, "must be a list of {'role': ..., 'content': ...}")
-    if not 1 <= len(messages) <= _MAX_MESSAGES:
-        raise ValidationError("messages", f"{len(messages)} messages", f"must be 1 to {_MAX_MESSAGES}")
+    check_num_messages(len(messages))
     checked: list[dict[str, Any]] = []
     total = 0
     for message in messages:

@@ -88,6 +88,8 @@ def resolve(config: EngineConfig, platform: Platform, model: DecoderConfig, mesh
             "give at most that, or more num_pages or memory_fraction"
         )
     if max_model_len < min(wanted_len, layout.page_size):
+        if config.cache.num_pages is not None:
+            raise ConfigError(f"num_pages={num_pages}: must be at least 2, the null page and one more")
         raise ConfigError(
             f"memory_fraction={config.cache.memory_fraction}: no room for KV pages beside the weights"
         )

@@ -116,7 +116,10 @@ def check_known_fields(message: Message, path: str = "") -> None:
     for field, value in message.ListFields():
         if field.message_type is None or field.message_type.GetOptions().map_entry:
             continue
-        for part in [value] if isinstance(value, Message) else value:
+        parts = [value] if isinstance(value, Message) else value
+        if field.message_type.name == pb.ChatMessage.DESCRIPTOR.name:
+            validation.check_num_messages(len(parts))
+        for part in parts:
             check_known_fields(part, f"{path}{field.name}.")
 
 

@@ -88,9 +88,11 @@ class InferenceService:
         tokenizer, kind = engine.tokenizer, request.WhichOneof("prompt")
         if kind == "chat":
             text = await asyncio.to_thread(tokenizer.render_chat, chat_from_proto(request.chat))
+            validation.check_tokenized_chars("messages", text)
             token_ids = await asyncio.to_thread(tokenizer.encode, text, False, parse_special=True)
         elif kind == "text":
             text = validation.check_prompt_text(request.text)
+            validation.check_tokenized_chars("prompt", text)
             special = request.add_special_tokens if request.HasField("add_special_tokens") else True
             token_ids = await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=special)
         else:
@@ -100,10 +102,10 @@ class InferenceService:
     async def detokenize(self, request: pb.DetokenizeRequest, context: Any) -> pb.DetokenizeResponse:
         """Text of token ids."""
         engine = self._engine_for(request.model)
-        token_ids = list(request.token_ids)
-        validation.check_token_ids("token_ids", token_ids, engine.limits.vocab_size)
+        token_ids = request.token_ids
+        validation.check_detokenized_ids(token_ids, engine.limits)
         skip = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
-        text = await asyncio.to_thread(engine.tokenizer.decode, token_ids, skip_special_tokens=skip)
+        text = await asyncio.to_thread(engine.tokenizer.decode, list(token_ids), skip_special_tokens=skip)
         return pb.DetokenizeResponse(text=text)
 
     async def list_models(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:
