@@ -11,7 +11,7 @@ import numbers
 import operator
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from jaxserve.errors import CapacityError, ValidationError
 
@@ -225,7 +225,9 @@ def _check_float(field: str, value: object, low: float, high: float) -> None:
     if (
         isinstance(value, bool)
         or not isinstance(value, numbers.Real)  # numpy's too
-        or not low <= value <= high  # also refuses NaN; `math.isfinite` would overflow on a huge integer
+        or not low
+        <= cast(float, value)
+        <= high  # also refuses NaN; `math.isfinite` would overflow on a huge integer
     ):
         raise ValidationError(field, value, f"must be a finite number in [{low:g}, {high:g}]")
 
