@@ -22,6 +22,7 @@ Composition = Literal["chunked", "slo", "phase", "partition"]
 Victim = Literal["auto", "latest", "least_urgent", "most_remaining"]
 Attention = Literal["auto", "reference", "xla", "mosaic_gpu", "mosaic_tpu"]
 Device = Literal["auto", "cpu", "gpu", "tpu"]
+Prediction = Literal["mean", "fused"]
 
 
 def _option(default: Any, description: str) -> Any:
@@ -111,6 +112,28 @@ class SchedulerConfig:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PredictionConfig:
+    """How long answers will be."""
+
+    length_predictor: Prediction = _option(
+        "mean",
+        "what answers' lengths are predicted from: the mean of those before, or everything that is known "
+        "(client, conversation, template, prefix, hidden states) by online error",
+    )
+    length_head: str | None = _option(
+        None,
+        "file made by `jaxserve train-predictor`, or none; default: the one made for this model, if any",
+    )
+    record_hidden: str | None = _option(
+        None, "folder for hidden states and lengths, which `jaxserve train-predictor` learns from"
+    )
+    hidden_layers: tuple[int, ...] | None = _option(
+        None, "layers whose states are recorded, counted from 1; default: the last"
+    )
+    probe_interval: int = _option(20, "output tokens between two looks at a request's hidden state")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelConfig:
     """How the model is spread over devices."""
 
@@ -142,6 +165,7 @@ class EngineConfig:
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     cache: CacheConfig = dataclasses.field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = dataclasses.field(default_factory=SchedulerConfig)
+    prediction: PredictionConfig = dataclasses.field(default_factory=PredictionConfig)
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
     runner: RunnerConfig = dataclasses.field(default_factory=RunnerConfig)
     seed: int = _option(0, "seed of the seeds drawn for requests that bring none")
@@ -184,7 +208,7 @@ class EngineConfig:
         return cls(**values)
 
 
-SECTIONS = ("model", "cache", "scheduler", "parallel", "runner")
+SECTIONS = ("model", "cache", "scheduler", "prediction", "parallel", "runner")
 
 
 def flat_fields() -> list[tuple[str, dataclasses.Field[Any]]]:
@@ -200,10 +224,11 @@ def flat_fields() -> list[tuple[str, dataclasses.Field[Any]]]:
 
 def check(config: EngineConfig) -> None:
     """Raises ConfigError for the first value that cannot work on any platform."""
-    model, cache, scheduler, parallel, runner = (
+    model, cache, scheduler, prediction, parallel, runner = (
         config.model,
         config.cache,
         config.scheduler,
+        config.prediction,
         config.parallel,
         config.runner,
     )
@@ -214,6 +239,7 @@ def check(config: EngineConfig) -> None:
         ("ordering", scheduler.ordering, Ordering),
         ("composition", scheduler.composition, Composition),
         ("victim", scheduler.victim, Victim),
+        ("length_predictor", prediction.length_predictor, Prediction),
         ("attention", runner.attention, Attention),
         ("device", runner.device, Device),
     ):
@@ -237,6 +263,7 @@ def check(config: EngineConfig) -> None:
         ("max_num_seqs", scheduler.max_num_seqs),
         ("max_num_batched_tokens", scheduler.max_num_batched_tokens),
         ("max_queued_requests", scheduler.max_queued_requests),
+        ("probe_interval", prediction.probe_interval),
         ("tensor_parallel_size", parallel.tensor_parallel_size),
     ):
         _require(
@@ -268,21 +295,21 @@ def check(config: EngineConfig) -> None:
         ("tpot_slo_s", scheduler.tpot_slo_s),
     ):
         _require(_is_number(seconds) and 0.0 < seconds <= 86400.0, name, seconds, "must be in (0, 86400]")
-    for name, file in (("decision_log", scheduler.decision_log), ("record", scheduler.record)):
-        _require(file is None or (isinstance(file, str) and bool(file)), name, file, "must be a file's path")
+    for name, file in (
+        ("decision_log", scheduler.decision_log),
+        ("record", scheduler.record),
+        ("length_head", prediction.length_head),
+        ("record_hidden", prediction.record_hidden),
+    ):
+        _require(file is None or (isinstance(file, str) and bool(file)), name, file, "must be a path")
+    _require_increasing("hidden_layers", prediction.hidden_layers)
     _check_ladders(runner, scheduler.max_num_batched_tokens)
 
 
 def _check_ladders(runner: RunnerConfig, budget: int | None) -> None:
     """Raises ConfigError for buckets that are no ladder, or end elsewhere than the token budget."""
     for name, ladder in (("token_buckets", runner.token_buckets), ("row_buckets", runner.row_buckets)):
-        good = ladder is None or (
-            isinstance(ladder, tuple | list)
-            and len(ladder) > 0
-            and all(_is_int(n) and n >= 1 for n in ladder)
-            and list(ladder) == sorted(set(ladder))
-        )
-        _require(good, name, ladder, "must be a strictly increasing list of positive integers")
+        _require_increasing(name, ladder)
     if budget is not None and runner.token_buckets is not None:
         _require(
             runner.token_buckets[-1] == budget,
@@ -290,6 +317,16 @@ def _check_ladders(runner: RunnerConfig, budget: int | None) -> None:
             runner.token_buckets,
             f"the last must be max_num_batched_tokens={budget}, or one of the two be left out",
         )
+
+
+def _require_increasing(name: str, numbers: object) -> None:
+    good = numbers is None or (
+        isinstance(numbers, tuple | list)
+        and len(numbers) > 0
+        and all(_is_int(n) and n >= 1 for n in numbers)
+        and list(numbers) == sorted(set(numbers))
+    )
+    _require(good, name, numbers, "must be a strictly increasing list of positive integers")
 
 
 def _is_int(value: object) -> bool:

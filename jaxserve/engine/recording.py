@@ -13,6 +13,7 @@ they happened (``e`` is the kind, ``t`` seconds on the engine's clock):
 - ``done``: the oldest step's result was read; seconds it took on the device, requests that ended with a stop
   token, rows that were bad.
 - ``predict``: a request had outgrown its prediction and got another.
+- ``refresh``: a look at a request's hidden state changed its prediction, behind the newest ``plan``.
 """
 
 from __future__ import annotations
@@ -92,6 +93,9 @@ class Recorder:
 
     def predicted_again(self, request: Request) -> None:
         self._write({"e": "predict", "id": request.id, "predicted": _prediction(request)})
+
+    def refreshed(self, request: Request) -> None:
+        self._write({"e": "refresh", "id": request.id, "predicted": _prediction(request)})
 
 
 class _PageNumbers:

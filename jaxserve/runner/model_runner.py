@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 
 from jaxserve.core.batch import StepBatch, prepare
 from jaxserve.core.plan import Admission, Bucket, StepPlan, StepResult, TopLogprobs
+from jaxserve.core.probing import Probe, ProbeResult
 from jaxserve.models.decoder import Decoder
 from jaxserve.models.pairs import pair_views
 from jaxserve.models.params import Params
@@ -18,6 +20,7 @@ from jaxserve.models.sharding import Placement
 from jaxserve.pallas_kernels.ragged_paged_attention.api import Implementation
 from jaxserve.runner.compile_counter import compile_counter
 from jaxserve.runner.kv_cache import cache_shapes
+from jaxserve.runner.probes import ProbeHandle, ProbeOptions, ProbePrograms
 from jaxserve.runner.programs import Programs
 from jaxserve.runner.resolve import ResolvedConfig
 from jaxserve.runner.sampler import Sampled, is_greedy
@@ -41,7 +44,9 @@ def admission_sizes(num_slots: int) -> tuple[int, ...]:
 class ModelRunner:
     """Holds parameters, KV caches and slots; implements `jaxserve.core.batch.Executor`.
 
-    Steps run in dispatch order because each takes the caches and slots that its predecessor returns.
+    Steps run in dispatch order because each takes the caches and slots that its predecessor returns. With
+    ``probes`` it is a `jaxserve.core.probing.Prober` as well: a probe takes the slots that the newest step
+    returns, and the next step cannot overwrite them before it has run.
     """
 
     def __init__(
@@ -56,6 +61,7 @@ class ModelRunner:
         pairs_single_rows: bool,
         branches_on_host: bool,
         on_compiled: Callable[[], object] = lambda: None,
+        probes: ProbeOptions | None = None,
     ) -> None:
         self._params = params
         # Views of the same memory; a mesh of several devices would cut pairs apart.
@@ -67,8 +73,16 @@ class ModelRunner:
         self._logprob_counts = [-1] * resolved.num_slots
         self._is_greedy = [True] * resolved.num_slots
         replicated = placement.sharding()
-        self._slots: SlotState = jax.device_put(
-            empty_slots(resolved.num_slots, resolved.max_model_len, resolved.layout.page_size), replicated
+        slots = empty_slots(resolved.num_slots, resolved.max_model_len, resolved.layout.page_size)
+        layers = () if probes is None else probes.layers
+        if layers:
+            shape = (resolved.num_slots, len(layers), module.config.hidden_size)
+            slots = dataclasses.replace(slots, hidden=jnp.zeros(shape, resolved.dtype))
+        self._slots: SlotState = jax.device_put(slots, replicated)
+        self._probes = (
+            None
+            if probes is None or self._slots.hidden is None
+            else ProbePrograms(probes, self._slots.hidden, placement)
         )
         self._caches: Caches = _empty_caches(resolved, module.config.num_layers, placement)
         self._programs = Programs(
@@ -82,6 +96,7 @@ class ModelRunner:
             slots=self._slots,
             branches_on_host=branches_on_host,
             on_compiled=on_compiled,
+            hidden_layers=layers,
         )
         buckets = resolved.ladder.all()
         for bucket in buckets if run_each_once else buckets[:1]:
@@ -127,9 +142,20 @@ class ModelRunner:
         )
         return StepResult(token_ids, logprobs, bad_rows)
 
+    def launch_probe(self, probes: Sequence[Probe]) -> ProbeHandle:
+        """Implements `jaxserve.core.probing.Prober`, for a runner that was made with ``probes``."""
+        assert self._probes is not None
+        assert self._slots.hidden is not None
+        return self._probes.launch(self._slots.hidden, probes)
+
+    def read_probe(self, handle: ProbeHandle) -> ProbeResult:
+        """What a probe found."""
+        assert self._probes is not None
+        return self._probes.read(handle)
+
     def close(self) -> None:
         """Drops every reference to device memory."""
-        del self._params, self._single_row_params, self._caches, self._slots, self._programs
+        del self._params, self._single_row_params, self._caches, self._slots, self._programs, self._probes
 
     def _run(self, bucket: Bucket, rows: Any, page_updates: Any, *, greedy: bool) -> Sampled:
         self._caches, self._slots, sampled = self._programs.step(bucket, greedy=greedy)(

@@ -25,7 +25,7 @@ from jaxserve.pallas_kernels.ragged_paged_attention.api import (
 from jaxserve.pallas_kernels.ragged_paged_attention.metadata import token_places
 from jaxserve.runner.kv_cache import cache_specs
 from jaxserve.runner.sampler import Sampled, sample, take_best
-from jaxserve.runner.slots import SlotState, take, take_sampling, update_pages, write_sampled
+from jaxserve.runner.slots import SlotState, take, take_sampling, update_pages, write_hidden, write_sampled
 
 Caches = tuple[KVPages, ...]
 StepFn = Callable[[Params, Caches, SlotState, jax.Array, jax.Array], tuple[Caches, SlotState, Sampled]]
@@ -38,6 +38,7 @@ def make_step(
     implementation: Implementation,
     *,
     greedy: bool = False,
+    hidden_layers: tuple[int, ...] = (),
 ) -> StepFn:
     """The function that `Programs` compiles for a bucket; caches and slots are donated.
 
@@ -46,6 +47,7 @@ def make_step(
 
     Args:
         greedy: for steps of which every row `is_greedy`.
+        hidden_layers: whose states ``slots.hidden`` takes (`Decoder.with_states`); none: it is None.
     """
 
     def step(
@@ -66,8 +68,14 @@ def make_step(
         positions = jnp.maximum(places.position, 0)
         token_ids = slots.tokens.at[slot[places.row], positions].get(mode="fill", fill_value=0)
         attend = _make_attend(metadata, cache_specs(caches[0], placement), placement, implementation)
-        hidden, caches = model(token_ids, positions, caches, attend)
-        logits = model.logits(hidden[jnp.maximum(ends - 1, 0)])
+        hidden, caches, states = model.with_states(token_ids, positions, caches, attend, layers=hidden_layers)
+        last = jnp.maximum(ends - 1, 0)
+        logits = model.logits(hidden[last])
+        if slots.hidden is not None:
+            rows_of_layers = [state[last] for state in states]
+            slots = dataclasses.replace(
+                slots, hidden=write_hidden(slots.hidden, slot, rows_of_layers, samples)
+            )
         # Rows that do not sample have no position, and so cost nothing in the sampler.
         position = jnp.where(samples, end, 0)
         if greedy:

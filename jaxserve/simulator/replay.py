@@ -110,6 +110,8 @@ def replay(records: Sequence[Mapping[str, Any]]) -> Replay:
             tokens = BlockTokens(pages[record["n"]], page_size, record["prompt_tokens"], -1 - record["n"])
             contents[record["id"]] = tokens
             core.add(_request(record, tokens))
+        elif record["e"] == "refresh":
+            core.revise(record["id"], LengthPrediction(*record["predicted"]))
         elif record["e"] == "end":
             core.end(record["id"], FinishReason(record["reason"]))
         elif record["e"] == "plan":

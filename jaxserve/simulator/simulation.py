@@ -8,10 +8,13 @@ import gc
 import math
 import multiprocessing
 from collections.abc import Sequence
+from typing import get_args
 
+from jaxserve.config import Prediction
 from jaxserve.core.decision_log import DecisionLog
+from jaxserve.core.fused_predictor import make_length_predictor
 from jaxserve.core.known_lengths import make_known_length_predictor
-from jaxserve.core.predictor import LengthPredictor, MeanLengthPredictor
+from jaxserve.core.predictor import LengthPredictor
 from jaxserve.errors import ConfigError
 from jaxserve.request import Request
 from jaxserve.simulator.cluster import Cluster
@@ -30,7 +33,7 @@ class SimulationOptions:
 
     Attributes:
         router: a name in `ROUTERS`.
-        predictor: ``mean`` (learns from what finished), or a name in `KNOWN_LENGTH_PREDICTORS`.
+        predictor: ``mean`` or ``fused`` (learn from what finished), or a name in `KNOWN_LENGTH_PREDICTORS`.
         sigma: of the noise of ``noisy`` and ``shuffled``.
         seed: of that noise.
         pipeline_depth: steps launched before their predecessor's result is read.
@@ -111,12 +114,14 @@ def simulate(
     options: SimulationOptions,
     *,
     decision_log: DecisionLog | None = None,
+    predictor: LengthPredictor | None = None,
     jobs: int = 1,
 ) -> SimulationResult:
     """Runs every request to its end.
 
     Args:
         decision_log: of a cluster of one engine.
+        predictor: in place of the one that the options name; with one job.
         jobs: processes; more than one needs a router that does not look at the engines (round_robin).
 
     Raises:
@@ -129,7 +134,10 @@ def simulate(
     if longest > most:
         raise ConfigError(f"trace: a request has {longest} tokens, an engine's pages hold {most}")
     if jobs == 1 or cluster.num_engines == 1:
-        return _simulate_some(trace, cluster, options, range(cluster.num_engines), decision_log)
+        engines = range(cluster.num_engines)
+        return _simulate_some(trace, cluster, options, engines, decision_log, predictor)
+    if predictor is not None:
+        raise ConfigError(f"jobs={jobs}: a predictor of its own needs jobs=1")
     if options.router != "round_robin":
         raise ConfigError(f"jobs={jobs}: needs router=round_robin, not {options.router}")
     shares = [range(job, cluster.num_engines, jobs) for job in range(jobs)]
@@ -145,10 +153,11 @@ def _simulate_some(
     options: SimulationOptions,
     engines: range,
     decision_log: DecisionLog | None = None,
+    predictor: LengthPredictor | None = None,
 ) -> SimulationResult:
     """The part of a simulation that happens on some of the engines."""
     lengths = {str(index): row.output_tokens for index, row in enumerate(trace)}
-    predictor = _make_predictor(options, lengths)
+    predictor = predictor or _make_predictor(options, lengths)
     instances = {
         engine: Instance(
             cluster.assembly,
@@ -199,8 +208,8 @@ def _run(
 
 
 def _make_predictor(options: SimulationOptions, lengths: dict[str, int]) -> LengthPredictor:
-    if options.predictor == "mean":
-        return MeanLengthPredictor()
+    if options.predictor in get_args(Prediction):
+        return make_length_predictor(options.predictor)
     return make_known_length_predictor(options.predictor, lengths, sigma=options.sigma, seed=options.seed)
 
 

@@ -14,7 +14,9 @@ from jaxserve.core.buckets import BucketLadder, default_decode_rows, default_mix
 from jaxserve.core.cost_model import CostModel, UnknownDevice
 from jaxserve.core.decision_log import DecisionLog
 from jaxserve.core.predictor import LengthPredictor, MeanLengthPredictor
+from jaxserve.core.probing import Probing
 from jaxserve.engine.engine_core import EngineCore
+from jaxserve.engine.hidden_recording import HiddenRecorder
 from jaxserve.engine.recording import Recorder
 from jaxserve.request import Request, SamplingParams
 from tests.support.fake_executor import FakeExecutor
@@ -45,6 +47,8 @@ def make_core(
     predictor: LengthPredictor | None = None,
     decision_log: DecisionLog | None = None,
     recorder: Callable[[Assembly], Recorder] | None = None,
+    probing: Probing[Any] | None = None,
+    hidden_recorder: HiddenRecorder | None = None,
     **scheduler: object,
 ) -> tuple[EngineCore[object], FakeExecutor]:
     """An engine core over a fake executor; ``scheduler`` are fields of `SchedulerConfig`."""
@@ -71,6 +75,8 @@ def make_core(
         pipeline_depth=pipeline_depth,
         costs=costs,
         recorder=recorder(assembly) if recorder else None,
+        probing=probing,
+        hidden_recorder=hidden_recorder,
     )
     return core, fake  # type: ignore[return-value]
 
