@@ -38,6 +38,7 @@ _OWN_OPTIONS = frozenset(
      "max_model_len", "seed"}
 )  # fmt: skip
 _BEST_LAYERS = (20,)
+_CASES = ("chosen", "mlp", "layers", "controls")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -77,7 +78,11 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--seconds", type=float, default=90.0, help="of serving")
         if name == "heads":
             command.add_argument(
-                "--all", action="store_true", help="each layer alone, no states and shuffled lengths as well"
+                "--cases",
+                type=_case_list,
+                default=_CASES,
+                metavar="NAME,...",
+                help=f"of {', '.join(_CASES)} (default: all)",
             )
         if name == "overhead":
             command.add_argument("--slots", type=int, default=16)
@@ -104,17 +109,30 @@ def _heads(arguments: argparse.Namespace) -> None:
     results.add("answers", "states", len(data), "rows", layers=data.layers)
     chosen = TrainingOptions(layers=arguments.layers)
     named = f"head, layers {_names(arguments.layers)}"
-    report_head(results, named, data, cross_validated(data, chosen))
-    if not arguments.all:
-        return
-    for layers in (*((layer,) for layer in data.layers), data.layers):
-        if layers != arguments.layers:
-            judged = cross_validated(data, TrainingOptions(layers=layers))
-            report_head(results, f"head, layers {_names(layers)}", data, judged)
-    blind = dataclasses.replace(data, states=np.zeros_like(data.states))
-    report_head(results, f"{named}, no states", data, cross_validated(blind, chosen))
-    shuffled = dataclasses.replace(chosen, shuffles_labels=True)
-    report_head(results, f"{named}, shuffled", data, cross_validated(data, shuffled))
+    variants: dict[str, list[tuple[str, Dataset, TrainingOptions]]] = {
+        "chosen": [(named, data, chosen)],
+        "mlp": [(f"{named}, MLP of 256 and 64", data, dataclasses.replace(chosen, widths=(256, 64)))],
+        "layers": [
+            (f"head, layers {_names(layers)}", data, dataclasses.replace(chosen, layers=layers))
+            for layers in (*((layer,) for layer in data.layers), data.layers)
+            if layers != arguments.layers
+        ],
+        "controls": [
+            (f"{named}, no states", dataclasses.replace(data, states=np.zeros_like(data.states)), chosen),
+            (f"{named}, shuffled", data, dataclasses.replace(chosen, shuffles_labels=True)),
+        ],
+    }
+    for case in arguments.cases:
+        for name, seen, options in variants[case]:
+            report_head(results, name, data, cross_validated(seen, options))
+
+
+def _case_list(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    for name in names:
+        if name not in _CASES:
+            raise argparse.ArgumentTypeError(f"{name!r}: must be one of {', '.join(_CASES)}")
+    return names
 
 
 def _names(layers: tuple[int, ...]) -> str:

@@ -39,7 +39,9 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="default: in the cache folder, where the engine finds it"
     )
-    parser.add_argument("--widths", type=_ints, default=(256, 64), metavar="N,N,...", help="hidden layers")
+    parser.add_argument(
+        "--widths", type=_ints, default=(), metavar="N,N,...", help="hidden layers (default: none)"
+    )
     parser.add_argument(
         "--layers", type=_ints, metavar="N,N,...", help="whose states to read (default: all recorded)"
     )

@@ -56,13 +56,11 @@ class StepFeatures(NamedTuple):
 def features_of(plan: StepPlan) -> StepFeatures:
     """The features of a plan. Its rows are decodes first."""
     rows = plan.rows
-    pairs, context, count = 0.0, sum([row[2] for row in rows]), len(rows)
+    pairs, context, count = 0.0, sum(rows.starts), len(rows)
     tokens = count
-    for row in reversed(rows):
-        length = row[3]
+    for start, length in zip(reversed(rows.starts), reversed(rows.num_tokens), strict=True):
         if length == 1:
             break
-        start = row[2]
         pairs += length * (start + (length + 1) / 2)
         context -= start
         tokens += length - 1

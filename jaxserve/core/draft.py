@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from typing import Final, cast
+from typing import cast
 
-from jaxserve.core.plan import Admission, PageUpdate, ScheduledRow
+from jaxserve.core.plan import Admission, PageUpdate, StepRows
 from jaxserve.request import Request
-
-# A third of the time of the named constructor, in a loop that runs for every token.
-_make_row: Final = functools.partial(tuple.__new__, ScheduledRow)
 
 
 @dataclasses.dataclass(slots=True)
@@ -20,14 +16,17 @@ class Draft:
     Attributes:
         budget: tokens that the step can still hold.
         page_size: tokens in a KV page.
-        owners: the requests of the rows, in their order.
+        owners: the requests of the rows, in their order: decodes first.
+        starts: of the rows.
+        chunks: number of tokens, and whether it samples, of each row that is no decode.
         page_ends: requests whose next token is the first of a page.
     """
 
     budget: int
     page_size: int
-    rows: list[ScheduledRow] = dataclasses.field(default_factory=list[ScheduledRow])
     owners: list[Request] = dataclasses.field(default_factory=list[Request])
+    starts: list[int] = dataclasses.field(default_factory=list[int])
+    chunks: list[tuple[int, bool]] = dataclasses.field(default_factory=list[tuple[int, bool]])
     admissions: list[Admission] = dataclasses.field(default_factory=list[Admission])
     page_updates: list[PageUpdate] = dataclasses.field(default_factory=list[PageUpdate])
     preempted_ids: list[str] = dataclasses.field(default_factory=list[str])
@@ -39,7 +38,7 @@ class Draft:
 
         The hottest loop of the scheduler: a row a token that the engine makes.
         """
-        rows, owners, page_size, make_row = self.rows, self.owners, self.page_size, _make_row
+        owners, starts, page_size = self.owners, self.starts, self.page_size
         prefills: list[Request] = []
         for request in running:
             end = request.num_tokens
@@ -47,14 +46,14 @@ class Draft:
             if end - start != 1:
                 prefills.append(request)
             elif end < request.max_num_tokens:  # else the last token is being sampled
-                rows.append(make_row((request.id, request.slot, start, 1, True)))
                 owners.append(request)
+                starts.append(start)
                 request.num_computed_tokens = end
                 request.num_tokens = end + 1
                 if end % page_size == 0:
                     self.page_ends.append(request)
-        self.num_tokens = len(rows)
-        self.budget -= len(rows)
+        self.num_tokens = len(owners)
+        self.budget -= len(owners)
         return prefills
 
     def plan_chunk(self, request: Request, num_tokens: int) -> None:
@@ -62,8 +61,9 @@ class Draft:
         start = request.num_computed_tokens
         end = start + num_tokens
         samples = end == request.num_tokens
-        self.rows.append(ScheduledRow(request.id, cast(int, request.slot), start, num_tokens, samples))
         self.owners.append(request)
+        self.starts.append(start)
+        self.chunks.append((num_tokens, samples))
         self.budget -= num_tokens
         self.num_tokens += num_tokens
         request.num_computed_tokens = end
@@ -71,6 +71,17 @@ class Draft:
             request.num_tokens += 1
             if end % self.page_size == 0:
                 self.page_ends.append(request)
+
+    def rows(self) -> StepRows:
+        """The rows so far."""
+        decodes = len(self.owners) - len(self.chunks)
+        return StepRows(
+            tuple([request.id for request in self.owners]),
+            cast(tuple[int, ...], tuple([request.slot for request in self.owners])),
+            tuple(self.starts),
+            (1,) * decodes + tuple([num_tokens for num_tokens, _ in self.chunks]),
+            (True,) * decodes + tuple([samples for _, samples in self.chunks]),
+        )
 
     def drop_pages(self, request: Request) -> None:
         """Forgets the entries of a request that loses its slot."""

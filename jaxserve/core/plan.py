@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from jaxserve.request import SamplingParams
@@ -49,6 +50,40 @@ class ScheduledRow(NamedTuple):
     samples: bool
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepRows:
+    """The rows of a step as columns, aligned; as a sequence, a `ScheduledRow` each.
+
+    Columns, because a row is made for every token: what walks all rows of all steps reads columns.
+    """
+
+    request_ids: tuple[str, ...] = ()
+    slots: tuple[int, ...] = ()
+    starts: tuple[int, ...] = ()
+    num_tokens: tuple[int, ...] = ()
+    samples: tuple[bool, ...] = ()
+
+    @classmethod
+    def of(cls, rows: Iterable[ScheduledRow]) -> StepRows:
+        return cls(*zip(*rows, strict=True))
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+    def __getitem__(self, index: int) -> ScheduledRow:
+        return ScheduledRow(
+            self.request_ids[index],
+            self.slots[index],
+            self.starts[index],
+            self.num_tokens[index],
+            self.samples[index],
+        )
+
+    def __iter__(self) -> Iterator[ScheduledRow]:
+        columns = (self.request_ids, self.slots, self.starts, self.num_tokens, self.samples)
+        return map(ScheduledRow._make, zip(*columns, strict=True))
+
+
 class PageUpdate(NamedTuple):
     """``page_table[slot, column] = page`` before the step runs."""
 
@@ -61,14 +96,14 @@ class PageUpdate(NamedTuple):
 class Admission:
     """Everything the device must know about a request that takes a slot in this step.
 
-    ``token_ids`` are the prompt and, after preemption, the tokens generated so far; the first
-    ``num_prompt_tokens`` of them are the prompt (penalties treat them differently). ``page_ids`` is the whole
+    ``token_ids`` are the prompt and, after preemption, the tokens generated so far; they never change. The
+    first ``num_prompt_tokens`` are the prompt (penalties treat them differently). ``page_ids`` is the whole
     page-table row: pages for all of these tokens, some of them perhaps shared and already filled.
     """
 
     request_id: str
     slot: int
-    token_ids: tuple[int, ...]
+    token_ids: Sequence[int]
     page_ids: tuple[int, ...]
     num_prompt_tokens: int
     params: SamplingParams
@@ -92,7 +127,7 @@ class StepPlan:
     """
 
     step: int
-    rows: tuple[ScheduledRow, ...]
+    rows: StepRows
     bucket: Bucket
     admissions: tuple[Admission, ...] = ()
     page_updates: tuple[PageUpdate, ...] = ()
@@ -101,14 +136,14 @@ class StepPlan:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.rows) if self.bucket.is_decode else sum([row.num_tokens for row in self.rows])
+        return len(self.rows) if self.bucket.is_decode else sum(self.rows.num_tokens)
 
 
 def plan_digest(plan: StepPlan) -> str:
     """16 hexadecimal digits of all that a plan decides; contents (token ids, sampling) are left out."""
     decided = (
         plan.step,
-        plan.rows,
+        list(plan.rows),
         plan.bucket,
         [(a.request_id, a.slot, len(a.token_ids), a.page_ids) for a in plan.admissions],
         plan.page_updates,

@@ -11,20 +11,20 @@ out to be finished is discarded.
 
 from __future__ import annotations
 
-import functools
 from collections import deque
-from itertools import repeat
-from typing import Final, NamedTuple, cast
+from itertools import compress
+from typing import NamedTuple, cast
 
 from jaxserve.core.buckets import BucketLadder
 from jaxserve.core.decision_log import DecisionLog
 from jaxserve.core.draft import Draft
 from jaxserve.core.kv_cache_manager import KVCacheManager
 from jaxserve.core.observers import Observers
-from jaxserve.core.plan import Admission, PageUpdate, StepPlan, StepResult, TopLogprobs
+from jaxserve.core.plan import Admission, PageUpdate, StepPlan, StepResult
 from jaxserve.core.policy import Explaining, Policies, Preempting, QueueView, RankingPrefills, StepView
 from jaxserve.core.prefix_cache import PrefixCacheStats
 from jaxserve.core.radix_tree import Match
+from jaxserve.core.updates import StepUpdates
 from jaxserve.core.waiting_queue import WaitingQueue
 from jaxserve.errors import DuplicateRequestError, QueueFullError
 from jaxserve.request import FinishReason, Request, RequestStatus
@@ -33,17 +33,10 @@ from jaxserve.request import FinishReason, Request, RequestStatus
 _PREEMPTION_INTERVAL = 8
 
 
-class RequestUpdate(NamedTuple):
-    """What changed for one request: a new token, or its end, or both."""
-
-    request: Request
-    token_id: int | None
-    logprobs: TopLogprobs | None
-    finished: bool
-
-
-# A third of the time of the named constructor, in a loop that runs for every token.
-_make_update: Final = functools.partial(tuple.__new__, RequestUpdate)
+class _InFlight(NamedTuple):
+    plan: StepPlan
+    owners: list[Request]
+    num_finished: int  # of all requests, when it was planned
 
 
 class SchedulerStats(NamedTuple):
@@ -91,9 +84,9 @@ class Scheduler:
         self._live: dict[str, Request] = {}
         self._num_slots = num_slots
         self._free_slots = list(range(num_slots - 1, -1, -1))
-        self._in_flight: deque[tuple[StepPlan, list[Request]]] = deque()
+        self._in_flight: deque[_InFlight] = deque()
         self._with_deadline: set[Request] = set()
-        self._ended: list[RequestUpdate] = []  # ends that no step's result will report
+        self._ended: list[Request] = []  # ends that no step's result will report
         self._page_ends: list[Request] = []  # whose next token is the first of a page
         self._outgrown: list[Request] = []  # longer than the upper quantile of their prediction
         self._step = 0
@@ -133,12 +126,12 @@ class Scheduler:
     ) -> None:
         """Ends a live request from outside (abort, stop string, deadline, error); its pages are free at once.
 
-        The update is returned by the next ``take_ended``.
+        It is returned by the next ``take_ended``.
         """
         request.stop_reason = stop_reason
         request.error = error
         self._leave(request, reason, now)
-        self._ended.append(RequestUpdate(request, None, None, finished=True))
+        self._ended.append(request)
         self._release_batch(now)
 
     def end_all(self, reason: FinishReason, now: float, error: str | None = None) -> None:
@@ -146,8 +139,8 @@ class Scheduler:
         for request in list(self._live.values()):
             self.end(request, reason, now, error=error)
 
-    def take_ended(self) -> list[RequestUpdate]:
-        """Updates of requests that ended outside of a step's result."""
+    def take_ended(self) -> list[Request]:
+        """Requests that ended outside of a step's result."""
         ended, self._ended = self._ended, []
         return ended
 
@@ -199,12 +192,12 @@ class Scheduler:
         if prefills or self._waiting:
             self._plan_prefills(prefills, now, draft)
         self._page_ends = draft.page_ends
-        if not draft.rows:
+        num_rows = len(draft.owners)
+        if not num_rows:
             return None
-        num_rows = len(draft.rows)
         plan = StepPlan(
             step=self._step,
-            rows=tuple(draft.rows),
+            rows=draft.rows(),
             bucket=self._ladder.choose(
                 draft.num_tokens, num_rows + len(self._held), is_decode=draft.num_tokens == num_rows
             ),
@@ -214,7 +207,7 @@ class Scheduler:
             num_held_slots=len(self._held),
         )
         self._step += 1
-        self._in_flight.append((plan, draft.owners))
+        self._in_flight.append(_InFlight(plan, draft.owners, self._num_finished))
         return plan
 
     def _grow_decodes(self, now: float, draft: Draft) -> None:
@@ -246,7 +239,7 @@ class Scheduler:
         """Whether a step has a row of a request that waits: it was preempted after that was planned."""
         if waiting.status is not RequestStatus.PREEMPTED:
             return False
-        return any(waiting in owners for _, owners in self._in_flight)
+        return any(waiting in step.owners for step in self._in_flight)
 
     def _plan_prefills(self, prefills: list[Request], now: float, draft: Draft) -> None:
         """The next chunks of prompts that are partly computed, and then those of new requests."""
@@ -329,7 +322,7 @@ class Scheduler:
             Admission(
                 request_id=request.id,
                 slot=request.slot,
-                token_ids=tuple(request.known_token_ids()),
+                token_ids=request.known_token_ids(),
                 page_ids=tuple(request.page_ids),
                 num_prompt_tokens=request.num_prompt_tokens,
                 params=request.params,
@@ -387,37 +380,33 @@ class Scheduler:
 
     # ------------------------------------------------------------------ results
 
-    def update(self, result: StepResult, now: float) -> list[RequestUpdate]:
-        """Takes the result of the oldest step in flight; returns what changed, in row order."""
-        plan, owners = self._in_flight.popleft()
-        updates: list[RequestUpdate] = []
-        finished, make = RequestStatus.FINISHED, _make_update
-        logprobs = repeat(None) if result.logprobs is None else result.logprobs
-        bad = [i in result.bad_rows for i in range(len(owners))] if result.bad_rows else repeat(False)
-        for row, request, token_id, row_logprobs, is_bad in zip(
-            plan.rows, owners, result.token_ids, logprobs, bad, strict=False
-        ):
-            if not row[4] or request.status is finished:
-                continue  # a chunk in mid-prompt does not sample; a row may turn out to be finished
-            if is_bad:
-                request.error = "the model produced logits that are not finite"
-                self._leave(request, FinishReason.ERROR, now)
-                updates.append(RequestUpdate(request, None, None, finished=True))
-                continue
+    def update(self, result: StepResult, now: float) -> StepUpdates:
+        """Takes the result of the oldest step in flight; returns what changed."""
+        step = self._in_flight.popleft()
+        updates = StepUpdates(step.owners, result.token_ids, result.logprobs)
+        for index in result.bad_rows:
+            self._fail_row(step, index, now, updates)
+        if self._num_finished != step.num_finished or not all(step.plan.rows.samples):
+            _keep_live(step, updates)
+        for request, token_id in zip(updates.requests, updates.token_ids, strict=True):
             output = request.output_token_ids
             output.append(token_id)
             if token_id in request.stop_token_ids or len(output) >= request.next_limit:
-                ended = self._end_row(request, token_id, now)
-            else:
-                ended = False
-            updates.append(make((request, token_id, row_logprobs, ended)))
+                self._look_at(request, token_id, now, updates)
         if self._observers.want_tokens:
-            self._observers.generated([u.request for u in updates if u.token_id is not None], now)
+            self._observers.generated(updates.requests, now)
         self._release_batch(now)
         return updates
 
-    def _end_row(self, request: Request, token_id: int, now: float) -> bool:
-        """Looks at a token that may be a request's first or last; whether it ended and may say so now."""
+    def _fail_row(self, step: _InFlight, index: int, now: float, updates: StepUpdates) -> None:
+        request = step.owners[index]
+        if step.plan.rows.samples[index] and not request.is_finished:
+            request.error = "the model produced logits that are not finite"
+            self._leave(request, FinishReason.ERROR, now)
+            updates.ended.append(request)
+
+    def _look_at(self, request: Request, token_id: int, now: float, updates: StepUpdates) -> None:
+        """Looks at a token that may be a request's first or last."""
         if request.first_token_time is None:
             request.first_token_time = now
             request.note_limit()
@@ -425,12 +414,14 @@ class Scheduler:
         if reason is None:
             if len(request.output_token_ids) > request.predicted_output_upper:
                 self._outgrown.append(request)
-            return False
+            return
         if reason is FinishReason.STOP:
             request.stop_reason = token_id
+            updates.stopped.append(request)
         holds = self._policies.admission.holds_slots and request.status is RequestStatus.RUNNING
         self._leave(request, reason, now, holds_slot=holds)
-        return not holds
+        if not holds:
+            updates.ended.append(request)
 
     def drop_in_flight(self) -> None:
         """Forgets the steps in flight of an executor that failed."""
@@ -462,7 +453,7 @@ class Scheduler:
             for request in self._held:
                 request.finish_time = now
                 self._give_up_slot(request, now)
-                self._ended.append(RequestUpdate(request, None, None, finished=True))
+                self._ended.append(request)
             self._held.clear()
 
     def _expire(self, now: float) -> None:
@@ -481,6 +472,19 @@ class Scheduler:
         for request in self._waiting:
             if request.page_ids or request.slot is not None:
                 raise RuntimeError(f"waiting request {request.id} owns pages or a slot")
+
+
+def _keep_live(step: _InFlight, updates: StepUpdates) -> None:
+    """Leaves out rows that do not sample (chunks in mid-prompt), and those of requests that are finished."""
+    finished = RequestStatus.FINISHED
+    live = [
+        samples and request.status is not finished
+        for samples, request in zip(step.plan.rows.samples, step.owners, strict=True)
+    ]
+    updates.requests = list(compress(updates.requests, live))
+    updates.token_ids = list(compress(updates.token_ids, live))
+    if updates.logprobs is not None:
+        updates.logprobs = list(compress(updates.logprobs, live))
 
 
 def _may_decode(request: Request) -> bool:

@@ -16,7 +16,8 @@ from jaxserve.core.cost_model import CostModel, features_of
 from jaxserve.core.plan import StepPlan, StepResult
 from jaxserve.core.predictor import LengthPrediction, LengthPredictor, ProbeReader, ReportingPredictor
 from jaxserve.core.probing import Probing
-from jaxserve.core.scheduler import RequestUpdate, Scheduler
+from jaxserve.core.scheduler import Scheduler
+from jaxserve.core.updates import StepUpdates
 from jaxserve.engine.hidden_recording import HiddenRecorder
 from jaxserve.engine.recording import Recorder
 from jaxserve.engine.stats import STAGES, BucketStats, EngineStats, StageTimer
@@ -130,7 +131,7 @@ class EngineCore[Handle]:
                 self._recorder.ended(request, reason, now)
             self._scheduler.end(request, reason, now, stop_reason=stop_reason, error=error)
 
-    def step(self) -> list[RequestUpdate]:
+    def step(self) -> StepUpdates:
         """Plans and launches one step, reads the oldest result that is due, and returns what changed.
 
         The *predict* stage runs when a request is added; the other five run here.
@@ -150,7 +151,7 @@ class EngineCore[Handle]:
                 with timers["predict"]:
                     self._probing.dispatched(plan, self._scheduler.get)
         if not self._in_flight or (plan is not None and len(self._in_flight) <= self._depth):
-            return self._finish_step([])
+            return self._finish_step(StepUpdates())
         with timers["execute"]:
             done = self._in_flight.popleft()
             result = self._executor.collect(done.handle)
@@ -178,24 +179,24 @@ class EngineCore[Handle]:
         if self._hidden_recorder is not None:
             self._hidden_recorder.step_done()
 
-    def stop(self, reason: FinishReason, error: str) -> list[RequestUpdate]:
+    def stop(self, reason: FinishReason, error: str) -> StepUpdates:
         """Ends everything at once, steps in flight included: the engine closes, or its executor failed."""
         self._in_flight.clear()
         self._scheduler.drop_in_flight()
         if self._probing is not None:
             self._probing.drop_in_flight()
         self._scheduler.end_all(reason, self._clock(), error)
-        return self._finish_step([])
+        return self._finish_step(StepUpdates())
 
-    def _finish_step(self, updates: list[RequestUpdate]) -> list[RequestUpdate]:
-        updates += self._scheduler.take_ended()
+    def _finish_step(self, updates: StepUpdates) -> StepUpdates:
+        updates.ended += self._scheduler.take_ended()
         finished = self.stats.finished
-        for update in updates:
-            if update.finished and update.request.finish_reason is not None:
-                reason = update.request.finish_reason.value
+        for request in updates.ended:
+            if request.finish_reason is not None:
+                reason = request.finish_reason.value
                 finished[reason] = finished.get(reason, 0) + 1
                 with self._timers["learn"]:
-                    self._forget(update.request)
+                    self._forget(request)
         return updates
 
     def _forget(self, request: Request) -> None:
@@ -208,9 +209,7 @@ class EngineCore[Handle]:
         if self._recorder is not None:
             self._recorder.finished(request)
 
-    def _learn(
-        self, done: _InFlight[Handle], result: StepResult, now: float, updates: list[RequestUpdate]
-    ) -> float:
+    def _learn(self, done: _InFlight[Handle], result: StepResult, now: float, updates: StepUpdates) -> float:
         """Counts and learns; returns the seconds that the step took on the device."""
         plan, stats = done.plan, self.stats
         bucket = stats.buckets.setdefault(plan.bucket, BucketStats())
@@ -233,6 +232,5 @@ class EngineCore[Handle]:
                 self._recorder.predicted_again(request)
         if self._probing is not None:
             self._land(self._probing, plan.step)
-        num_bad = sum(update.token_id is None for update in updates) if result.bad_rows else 0
-        stats.output_tokens += len(updates) - num_bad
+        stats.output_tokens += len(updates.token_ids)
         return step_s

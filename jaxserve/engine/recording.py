@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, final
 
@@ -28,7 +28,7 @@ from jaxserve.core.assembly import Assembly
 from jaxserve.core.cost_model import StepCost
 from jaxserve.core.plan import StepPlan, StepResult, plan_digest
 from jaxserve.core.roofline import prior_to_json
-from jaxserve.core.scheduler import RequestUpdate
+from jaxserve.core.updates import StepUpdates
 from jaxserve.errors import ConfigError
 from jaxserve.request import FinishReason, Request
 
@@ -79,10 +79,8 @@ class Recorder:
     def planned(self, plan: StepPlan | None, now: float) -> None:
         self._write({"e": "plan", "t": now, "plan": None if plan is None else plan_digest(plan)})
 
-    def collected(
-        self, result: StepResult, updates: Iterable[RequestUpdate], now: float, step_s: float
-    ) -> None:
-        stopped = [u.request.id for u in updates if u.request.finish_reason is FinishReason.STOP]
+    def collected(self, result: StepResult, updates: StepUpdates, now: float, step_s: float) -> None:
+        stopped = [request.id for request in updates.stopped]
         bad = list(result.bad_rows)
         self._write({"e": "done", "t": now, "step_s": step_s, "stopped": stopped, "bad_rows": bad})
 

@@ -41,7 +41,7 @@ class TrainingOptions:
     """How a head is trained.
 
     Attributes:
-        widths: of the hidden layers.
+        widths: of the hidden layers; none: a linear probe, which needs fewer requests (docs/prediction.md).
         layers: whose states to read, of those recorded; None: all.
         learning_rate: at its largest; a cosine takes it to zero.
         weight_decay: AdamW's.
@@ -54,7 +54,7 @@ class TrainingOptions:
             states. For tests of the pipeline.
     """
 
-    widths: tuple[int, ...] = (256, 64)
+    widths: tuple[int, ...] = ()
     layers: tuple[int, ...] | None = None
     learning_rate: float = 1e-3
     weight_decay: float = 0.01

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxserve.core.batch import StepBatch, prepare
-from jaxserve.core.plan import Admission, Bucket, StepPlan, StepResult, TopLogprobs
+from jaxserve.core.plan import Admission, Bucket, StepPlan, StepResult, StepRows, TopLogprobs
 from jaxserve.core.probing import Probe, ProbeResult
 from jaxserve.models.decoder import Decoder
 from jaxserve.models.pairs import pair_views
@@ -118,12 +118,15 @@ class ModelRunner:
         plan = batch.plan
         if plan.admissions:
             self._admit(list(plan.admissions))
-        greedy = all(self._is_greedy[row.slot] for row in plan.rows)
+        greedy = all(self._is_greedy[slot] for slot in plan.rows.slots)
         sampled = self._run(plan.bucket, batch.rows, batch.page_updates, greedy=greedy)
         sampled.token_ids.copy_to_host_async()
         if greedy:
             return StepHandle(plan, sampled, None)
-        counts = [self._logprob_counts[row.slot] if row.samples else -1 for row in plan.rows]
+        counts = [
+            self._logprob_counts[slot] if samples else -1
+            for slot, samples in zip(plan.rows.slots, plan.rows.samples, strict=True)
+        ]
         if max(counts) < 0:
             return StepHandle(plan, sampled, None)
         for array in (sampled.chosen_logprob, sampled.rank, sampled.top_ids, sampled.top_logprobs):
@@ -135,8 +138,8 @@ class ModelRunner:
         token_ids: list[int] = np.asarray(handle.sampled.token_ids)[: len(handle.plan.rows)].tolist()
         bad_rows: tuple[int, ...] = ()
         if token_ids and min(token_ids) < 0:
-            rows = handle.plan.rows
-            bad_rows = tuple(i for i, token_id in enumerate(token_ids) if token_id < 0 and rows[i].samples)
+            samples = handle.plan.rows.samples
+            bad_rows = tuple(i for i, token_id in enumerate(token_ids) if token_id < 0 and samples[i])
         logprobs = (
             None if handle.logprob_counts is None else _read_logprobs(handle.sampled, handle.logprob_counts)
         )
@@ -167,7 +170,7 @@ class ModelRunner:
         return self._single_row_params if bucket.tokens == 1 else self._params
 
     def _run_empty(self, bucket: Bucket, *, greedy: bool) -> None:
-        batch = self.prepare(StepPlan(step=0, rows=(), bucket=bucket))
+        batch = self.prepare(StepPlan(step=0, rows=StepRows(), bucket=bucket))
         np.asarray(self._run(bucket, batch.rows, batch.page_updates, greedy=greedy).token_ids)
 
     def _admit(self, admissions: list[Admission]) -> None:

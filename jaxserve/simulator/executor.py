@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import NamedTuple, Protocol, final
 
@@ -85,7 +86,10 @@ class CostExecutor:
         self.num_dispatched += 1
         self.num_prefill_tokens += features.tokens - features.sequences
         self.num_padded_tokens += plan.bucket.tokens - features.tokens
-        token_ids = [STOP_TOKEN if row[2] + row[3] == last[row[1]] else TOKEN for row in plan.rows]
+        rows = plan.rows
+        ends = map(operator.add, rows.starts, rows.num_tokens)
+        is_last = map(operator.eq, ends, map(last.__getitem__, rows.slots))
+        token_ids = [STOP_TOKEN if stop else TOKEN for stop in is_last]
         step = SimulatedStep(plan, start, end, token_ids)
         if self.steps is not None:
             self.steps.append(step)
@@ -95,12 +99,13 @@ class CostExecutor:
         end, rows = handle.end, handle.plan.rows
         self._clock.advance_to(end)
         chunks = 0
-        for row in reversed(rows):
-            if row[3] == 1:
+        for index in range(len(rows) - 1, -1, -1):
+            if rows.num_tokens[index] == 1:
                 break
             chunks += 1
-            if row[4] and row[0] in self._preempted_at:  # it goes on after having been preempted
-                self.gaps.append((end - self._preempted_at.pop(row[0]), 1))
+            request_id = rows.request_ids[index]
+            if rows.samples[index] and request_id in self._preempted_at:  # it was, and goes on
+                self.gaps.append((end - self._preempted_at.pop(request_id), 1))
         decodes = len(rows) - chunks
         if decodes and self._last_end is not None:
             self.gaps.append((end - self._last_end, decodes))

@@ -107,7 +107,7 @@ def test_answers_are_collected_where_the_last_call_stopped(
     asked = questions(prompts)
     assert len(asked) == len(set(asked)) == 4 * 5 - 3, "each prompt once, too long ones not at all"
     options: dict[str, Any] = {
-        "model": str(tiny_model), "hidden_layers": (1, 2), "dtype": "float32", "max_model_len": 512,
+        "model": str(tiny_model), "hidden_layers": (1, 2), "dtype": "float32", "max_model_len": 128,
         "compile_cache": False, "row_buckets": (16,), "token_buckets": (64,), "max_num_batched_tokens": 64,
     }  # fmt: skip
     data = tmp_path / "data"
