@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.prediction_data import MAX_TOKENS, collect, collected, questions, shards
+from bench.prediction_data import collect, collected, questions, shards
 from bench.prediction_judging import Asked, cross_validated, report_head, report_service
 from bench.prediction_overhead import measure
 from bench.results import Results, add_output_flag, host_device, int_list, jax_device
@@ -46,7 +46,11 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     options = engine_options(arguments, without=_OWN_OPTIONS)
     if arguments.command == "collect":
-        print(collect(arguments.prompts, arguments.data, arguments.seconds, options), "requests so far")
+        count = collect(
+            arguments.prompts, arguments.data, arguments.seconds, options,
+            slots=arguments.slots, max_tokens=arguments.max_tokens,
+        )  # fmt: skip
+        print(count, "requests so far")
     elif arguments.command == "heads":
         _heads(arguments)
     elif arguments.command == "service":
@@ -76,6 +80,10 @@ def _parser() -> argparse.ArgumentParser:
             add_output_flag(command)
         if name == "collect":
             command.add_argument("--seconds", type=float, default=90.0, help="of serving")
+            command.add_argument("--slots", type=int, default=16, help="requests that run at once")
+            command.add_argument(
+                "--max-tokens", type=int, default=192, help="where answers are cut (default: 192)"
+            )
         if name == "heads":
             command.add_argument(
                 "--cases",
@@ -103,7 +111,9 @@ def _heads(arguments: argparse.Namespace) -> None:
     results = Results("prediction", host_device(), arguments.output)
     records, data = _read(arguments)
     stopped = sum(record["finish_reason"] == "stop" for record in records)
-    results.add("answers", "requests", len(records), "requests", max_tokens=MAX_TOKENS)
+    results.add(
+        "answers", "requests", len(records), "requests", max_tokens=max(r["max_tokens"] for r in records)
+    )
     results.add("answers", "stopped", stopped / len(records), "share")
     results.add("answers", "output_tokens", sum(r["output_tokens"] for r in records) / len(records), "tokens")
     results.add("answers", "states", len(data), "rows", layers=data.layers)
@@ -155,7 +165,7 @@ def _service(arguments: argparse.Namespace) -> None:
             Asked(
                 prompt_token_ids=tokenizer.encode(chat, add_special_tokens=False, parse_special=True),
                 client=question.source,
-                max_tokens=MAX_TOKENS,
+                max_tokens=record["max_tokens"],
                 output_tokens=record["output_tokens"],
                 stopped=record["finish_reason"] == "stop",
                 probes=[(int(data.generated[row]), judged.log_quantiles[row].tolist()) for row in rows],

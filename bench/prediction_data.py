@@ -24,10 +24,8 @@ from jaxserve.request import SamplingParams
 # Data set -> how many of its prompts. BIG-Bench Hard asks to be trained on by nobody.
 MIX = {"gpteacher": 1700, "gsm8k": 900, "arena_hard": 900, "humaneval": 120}
 MOST_PROMPT_TOKENS = 300
-MAX_TOKENS = 192
 LAYERS = (10, 20, 30)
 INTERVAL = 8
-SLOTS = 16
 _REQUESTS = "requests.jsonl"
 
 
@@ -59,11 +57,25 @@ def collected(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def collect(prompts: Path, folder: Path, seconds: float, options: dict[str, Any]) -> int:
+def collect(
+    prompts: Path,
+    folder: Path,
+    seconds: float,
+    options: dict[str, Any],
+    *,
+    slots: int = 16,
+    max_tokens: int = 192,
+) -> int:
     """Serves the next questions for about ``seconds`` and writes a chunk; returns the requests so far.
 
-    Answers are drawn at temperature 0.7 and top-p 0.95, seeded by the question's number, and cut at
-    `MAX_TOKENS`.
+    Answers are drawn at temperature 0.7 and top-p 0.95, seeded by the question's number.
+
+    Args:
+        prompts: folder of the data sets.
+        folder: of the chunks.
+        options: of the engine.
+        slots: requests that run at once.
+        max_tokens: where answers are cut; the same in all calls for a folder.
     """
     done = collected(folder)
     todo = list(enumerate(questions(prompts)))[len(done) :]
@@ -73,8 +85,8 @@ def collect(prompts: Path, folder: Path, seconds: float, options: dict[str, Any]
         left.unlink()
     config = EngineConfig.from_flat(
         {
-            "max_num_seqs": SLOTS,
-            "max_model_len": 1024,
+            "max_num_seqs": slots,
+            "max_model_len": 768 + max_tokens,
             "record_hidden": str(unfinished),
             "hidden_layers": LAYERS,
             "probe_interval": INTERVAL,
@@ -83,7 +95,7 @@ def collect(prompts: Path, folder: Path, seconds: float, options: dict[str, Any]
     )
     engine = build_engine(config, progress=False)
     try:
-        records = _serve(engine, todo, seconds)
+        records = _serve(engine, todo, seconds, slots, max_tokens)
     finally:
         engine.close()
     lines = "".join(json.dumps(record) + "\n" for record in records)
@@ -92,18 +104,20 @@ def collect(prompts: Path, folder: Path, seconds: float, options: dict[str, Any]
     return len(done) + len(records)
 
 
-def _serve(engine: Engine, todo: Sequence[tuple[int, Question]], seconds: float) -> list[dict[str, Any]]:
+def _serve(
+    engine: Engine, todo: Sequence[tuple[int, Question]], seconds: float, slots: int, max_tokens: int
+) -> list[dict[str, Any]]:
     """Keeps the slots full for so long, then lets those that run finish."""
     inbox: queue.SimpleQueue[list[RequestOutput]] = queue.SimpleQueue()
     records: dict[str, dict[str, Any]] = {}
     start, alive, waiting = time.monotonic(), 0, iter(todo)
     while True:
-        while alive < SLOTS + 2 and time.monotonic() - start < seconds:
+        while alive < slots + 2 and time.monotonic() - start < seconds:
             entry = next(waiting, None)
             if entry is None:
                 break
             index, question = entry
-            params = SamplingParams(temperature=0.7, top_p=0.95, seed=index, max_tokens=MAX_TOKENS)
+            params = SamplingParams(temperature=0.7, top_p=0.95, seed=index, max_tokens=max_tokens)
             group = engine.inputs.from_messages(
                 [{"role": "user", "content": question.text}], params,
                 request_id=str(index), client=question.source,
@@ -113,6 +127,7 @@ def _serve(engine: Engine, todo: Sequence[tuple[int, Question]], seconds: float)
                 "source": question.source,
                 "prompt": prompt_digest(group.prompt_token_ids),
                 "prompt_tokens": len(group.prompt_token_ids),
+                "max_tokens": max_tokens,
             }
             engine.loop.submit(group, inbox.put, streams=False)
             alive += 1
