@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from typing import Final, cast
 
+from jaxserve.core.kv_cache_manager import KVCacheManager
 from jaxserve.core.plan import Admission, PageUpdate, ScheduledRow
 from jaxserve.request import Request
 
@@ -22,6 +23,7 @@ class Draft:
         page_size: tokens in a KV page.
         owners: the requests of the rows, in their order.
         page_ends: requests whose next token is the first of a page.
+        is_loop: whether rows make several tokens, one after the other.
     """
 
     budget: int
@@ -33,6 +35,7 @@ class Draft:
     preempted_ids: list[str] = dataclasses.field(default_factory=list[str])
     num_tokens: int = 0
     page_ends: list[Request] = dataclasses.field(default_factory=list[Request])
+    is_loop: bool = False
 
     def plan_decodes(self, running: list[Request]) -> list[Request]:
         """One token for each request that lacks one; returns those that lack more: prompts in part computed.
@@ -56,6 +59,30 @@ class Draft:
         self.num_tokens = len(rows)
         self.budget -= len(rows)
         return prefills
+
+    def lengthen_decodes(self, steps: list[int], kv: KVCacheManager) -> None:
+        """Makes a loop of a plan that only decodes: so many tokens a row, fewer where no page is left.
+
+        No row takes more than one page, as ``steps`` do not exceed the page size.
+        """
+        page_size, make_row = self.page_size, _make_row
+        self.is_loop = True
+        self.page_ends = []
+        for index, (row, request, wanted) in enumerate(zip(self.rows, self.owners, steps, strict=True)):
+            start = row[2]
+            end, paged = start + wanted, len(request.page_ids) * page_size
+            if end > paged and kv.num_available > 0:
+                kv.grow(request, end)
+                page = PageUpdate(row[1], len(request.page_ids) - 1, request.page_ids[-1])
+                self.page_updates.append(page)
+            elif end > paged:
+                end = paged
+            self.rows[index] = make_row((row[0], row[1], start, end - start, True))
+            request.num_computed_tokens = end
+            request.num_tokens = end + 1
+            self.num_tokens += end - start - 1
+            if end % page_size == 0:
+                self.page_ends.append(request)
 
     def plan_chunk(self, request: Request, num_tokens: int) -> None:
         """The next ``num_tokens`` of a prompt."""

@@ -11,52 +11,27 @@ out to be finished is discarded.
 
 from __future__ import annotations
 
-import functools
 from collections import deque
 from itertools import repeat
-from typing import Final, NamedTuple, cast
+from typing import cast
 
 from jaxserve.core.buckets import BucketLadder
 from jaxserve.core.decision_log import DecisionLog
 from jaxserve.core.draft import Draft
+from jaxserve.core.horizon import loop_steps
 from jaxserve.core.kv_cache_manager import KVCacheManager
 from jaxserve.core.observers import Observers
-from jaxserve.core.plan import Admission, PageUpdate, StepPlan, StepResult, TopLogprobs
+from jaxserve.core.plan import Admission, Bucket, PageUpdate, StepPlan, StepResult, TopLogprobs
 from jaxserve.core.policy import Explaining, Policies, Preempting, QueueView, RankingPrefills, StepView
 from jaxserve.core.prefix_cache import PrefixCacheStats
 from jaxserve.core.radix_tree import Match
+from jaxserve.core.updates import RequestUpdate, SchedulerStats, finish_reason, make_update
 from jaxserve.core.waiting_queue import WaitingQueue
 from jaxserve.errors import DuplicateRequestError, QueueFullError
 from jaxserve.request import FinishReason, Request, RequestStatus
 
 # A slot is taken from a running request in every so many steps at most: the search looks at all of them.
 _PREEMPTION_INTERVAL = 8
-
-
-class RequestUpdate(NamedTuple):
-    """What changed for one request: a new token, or its end, or both."""
-
-    request: Request
-    token_id: int | None
-    logprobs: TopLogprobs | None
-    finished: bool
-
-
-# A third of the time of the named constructor, in a loop that runs for every token.
-_make_update: Final = functools.partial(tuple.__new__, RequestUpdate)
-
-
-class SchedulerStats(NamedTuple):
-    """A snapshot of the queues and pages."""
-
-    num_waiting: int
-    num_running: int
-    num_held: int
-    num_used_pages: int  # by running requests
-    num_cached_pages: int  # by the prefix cache alone
-    num_usable_pages: int
-    num_preemptions: int
-    num_finished: int
 
 
 class Scheduler:
@@ -196,18 +171,18 @@ class Scheduler:
             if self._preempting is not None and not self._free_slots:
                 self._make_room(self._preempting, now, draft)
         prefills = draft.plan_decodes(self._running)
+        num_decodes = len(draft.rows)
         if prefills or self._waiting:
             self._plan_prefills(prefills, now, draft)
+        if self._ladder.decode_steps > 1 and not prefills and len(draft.rows) == num_decodes:
+            self._look_ahead(draft)
         self._page_ends = draft.page_ends
         if not draft.rows:
             return None
-        num_rows = len(draft.rows)
         plan = StepPlan(
             step=self._step,
             rows=tuple(draft.rows),
-            bucket=self._ladder.choose(
-                draft.num_tokens, num_rows + len(self._held), is_decode=draft.num_tokens == num_rows
-            ),
+            bucket=self._bucket(draft),
             admissions=tuple(draft.admissions),
             page_updates=tuple(draft.page_updates),
             preempted_ids=tuple(draft.preempted_ids),
@@ -216,6 +191,21 @@ class Scheduler:
         self._step += 1
         self._in_flight.append((plan, draft.owners))
         return plan
+
+    def _bucket(self, draft: Draft) -> Bucket:
+        num_rows = len(draft.rows)
+        if draft.is_loop or draft.num_tokens == num_rows:
+            return self._ladder.choose_decode(num_rows + len(self._held), is_loop=draft.is_loop)
+        return self._ladder.choose_mixed(draft.num_tokens)
+
+    def _look_ahead(self, draft: Draft) -> None:
+        """Lets a plan that only decodes make several tokens a row, if nobody can take a slot meanwhile."""
+        head = self._waiting.peek()
+        if head is not None and (self._preempting is not None or self._is_in_flight(head)):
+            return
+        steps = loop_steps(draft.owners, self._ladder.decode_steps, is_awaited=head is not None)
+        if steps is not None:
+            draft.lengthen_decodes(steps, self._kv)
 
     def _grow_decodes(self, now: float, draft: Draft) -> None:
         """Gives those that the last plan left at the end of a page another, a victim's if none is left."""
@@ -391,15 +381,33 @@ class Scheduler:
         """Takes the result of the oldest step in flight; returns what changed, in row order."""
         plan, owners = self._in_flight.popleft()
         updates: list[RequestUpdate] = []
-        finished, make = RequestStatus.FINISHED, _make_update
-        logprobs = repeat(None) if result.logprobs is None else result.logprobs
-        bad = [i in result.bad_rows for i in range(len(owners))] if result.bad_rows else repeat(False)
-        for row, request, token_id, row_logprobs, is_bad in zip(
-            plan.rows, owners, result.token_ids, logprobs, bad, strict=False
+        for decode_step, token_ids in enumerate(result.token_ids):
+            new = self._take_tokens(plan, owners, decode_step, token_ids, result.logprobs, now)
+            if self._observers.want_tokens:
+                self._observers.generated([u.request for u in new if u.token_id is not None], now)
+            updates += new
+        self._release_batch(now)
+        return updates
+
+    def _take_tokens(
+        self,
+        plan: StepPlan,
+        owners: list[Request],
+        decode_step: int,
+        token_ids: list[int],
+        logprobs: list[TopLogprobs | None] | None,
+        now: float,
+    ) -> list[RequestUpdate]:
+        """One token for each row that has one in a decode step, from 0."""
+        updates: list[RequestUpdate] = []
+        finished, make = RequestStatus.FINISHED, make_update
+        for row, request, token_id, row_logprobs in zip(
+            plan.rows, owners, token_ids, logprobs or repeat(None), strict=False
         ):
-            if not row[4] or request.status is finished:
-                continue  # a chunk in mid-prompt does not sample; a row may turn out to be finished
-            if is_bad:
+            # A chunk in mid-prompt does not sample; a row may turn out to be finished, or have fewer tokens.
+            if not row[4] or request.status is finished or row[3] <= decode_step:
+                continue
+            if token_id < 0:
                 request.error = "the model produced logits that are not finite"
                 self._leave(request, FinishReason.ERROR, now)
                 updates.append(RequestUpdate(request, None, None, finished=True))
@@ -411,9 +419,6 @@ class Scheduler:
             else:
                 ended = False
             updates.append(make((request, token_id, row_logprobs, ended)))
-        if self._observers.want_tokens:
-            self._observers.generated([u.request for u in updates if u.token_id is not None], now)
-        self._release_batch(now)
         return updates
 
     def _end_row(self, request: Request, token_id: int, now: float) -> bool:
@@ -421,7 +426,7 @@ class Scheduler:
         if request.first_token_time is None:
             request.first_token_time = now
             request.note_limit()
-        reason = _finish_reason(request, token_id)
+        reason = finish_reason(request, token_id)
         if reason is None:
             if len(request.output_token_ids) > request.predicted_output_upper:
                 self._outgrown.append(request)
@@ -486,11 +491,3 @@ class Scheduler:
 def _may_decode(request: Request) -> bool:
     # Once the last permitted token is being sampled, another step would be thrown away for certain.
     return request.num_tokens < request.max_num_tokens
-
-
-def _finish_reason(request: Request, token_id: int) -> FinishReason | None:
-    if token_id in request.stop_token_ids and len(request.output_token_ids) > request.params.min_tokens:
-        return FinishReason.STOP
-    if len(request.output_token_ids) >= request.max_tokens:
-        return FinishReason.LENGTH
-    return None

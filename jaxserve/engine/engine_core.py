@@ -15,7 +15,8 @@ from jaxserve.core.batch import Executor, StepBatch
 from jaxserve.core.cost_model import CostModel, features_of
 from jaxserve.core.plan import StepPlan, StepResult
 from jaxserve.core.predictor import LengthPredictor
-from jaxserve.core.scheduler import RequestUpdate, Scheduler
+from jaxserve.core.scheduler import Scheduler
+from jaxserve.core.updates import RequestUpdate
 from jaxserve.engine.recording import Recorder
 from jaxserve.engine.stats import STAGES, BucketStats, EngineStats, StageTimer
 from jaxserve.request import FinishReason, Request
@@ -163,21 +164,21 @@ class EngineCore[Handle]:
         stats.scheduled_tokens += num_tokens
         bucket.steps += 1
         bucket.tokens += num_tokens
-        bucket.padded_tokens += plan.bucket.tokens - num_tokens
+        bucket.padded_tokens += plan.num_padded_tokens
         # A step starts on the device when it was launched or when its predecessor was done.
         step_s = result.device_s or now - max(done.launched, self._last_collected)
         self._last_collected = now
         weight = max(_STEP_TIME_WEIGHT, 1.0 / bucket.steps)
         bucket.mean_step_s += weight * (step_s - bucket.mean_step_s)
-        if self._costs is not None:
-            self._costs.observe(plan.bucket, features_of(plan), step_s)
-        for update in updates:
-            if update.request.finish_reason is FinishReason.STOP:
-                self._predictor.observe(update.request)
+        decode_steps = len(result.token_ids)
+        if self._costs is not None and decode_steps:
+            self._costs.observe(plan.bucket, features_of(plan), step_s / decode_steps)
+        stopped = [u.request for u in updates if u.request.finish_reason is FinishReason.STOP]
+        for request in dict.fromkeys(stopped):  # a loop may have brought several tokens of one
+            self._predictor.observe(request)
         for request in self._scheduler.take_outgrown():
             self._predict(request)
             if self._recorder is not None:
                 self._recorder.predicted_again(request)
-        num_bad = sum(update.token_id is None for update in updates) if result.bad_rows else 0
-        stats.output_tokens += len(updates) - num_bad
+        stats.output_tokens += len(updates) - [u.token_id for u in updates].count(None)
         return step_s

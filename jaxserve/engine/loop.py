@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from jaxserve.core.scheduler import RequestUpdate
+from jaxserve.core.updates import RequestUpdate
 from jaxserve.engine.engine_core import EngineCore
 from jaxserve.engine.input_processor import RequestGroup
 from jaxserve.engine.output_processor import OutputProcessor

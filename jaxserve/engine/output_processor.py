@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from jaxserve.core.plan import TopLogprobs
-from jaxserve.core.scheduler import RequestUpdate
+from jaxserve.core.updates import RequestUpdate
 from jaxserve.engine.input_processor import RequestGroup
 from jaxserve.loading.tokenizer import Tokenizer
 from jaxserve.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput

@@ -10,8 +10,9 @@ they happened (``e`` is the kind, ``t`` seconds on the engine's clock):
 - ``pages``: request ``n`` ended; numbers of all the pages that it filled, those with its output included.
 - ``end``: a request was ended from outside (an abort, a stop string).
 - ``plan``: a step was planned; the plan's digest, or null if nothing could run.
-- ``done``: the oldest step's result was read; seconds it took on the device, requests that ended with a stop
-  token, rows that were bad.
+- ``done``: the oldest step's result was read; seconds it took on the device, and its decode steps. ``stopped``
+  and ``bad`` have the requests that ended with a stop token, or with logits that were not finite, and in
+  which of the decode steps, from 1.
 - ``predict``: a request had outgrown its prediction and got another.
 """
 
@@ -27,11 +28,11 @@ from jaxserve.core.assembly import Assembly
 from jaxserve.core.cost_model import StepCost
 from jaxserve.core.plan import StepPlan, StepResult, plan_digest
 from jaxserve.core.roofline import prior_to_json
-from jaxserve.core.scheduler import RequestUpdate
+from jaxserve.core.updates import RequestUpdate
 from jaxserve.errors import ConfigError
 from jaxserve.request import FinishReason, Request
 
-VERSION = 2
+VERSION = 3
 
 
 @final
@@ -81,9 +82,21 @@ class Recorder:
     def collected(
         self, result: StepResult, updates: Iterable[RequestUpdate], now: float, step_s: float
     ) -> None:
-        stopped = [u.request.id for u in updates if u.request.finish_reason is FinishReason.STOP]
-        bad = list(result.bad_rows)
-        self._write({"e": "done", "t": now, "step_s": step_s, "stopped": stopped, "bad_rows": bad})
+        ends: dict[FinishReason, dict[str, int]] = {FinishReason.STOP: {}, FinishReason.ERROR: {}}
+        for update in updates:
+            reason = update.request.finish_reason
+            if reason in ends:  # an update a decode step, up to the last one
+                ends[reason][update.request.id] = ends[reason].get(update.request.id, 0) + 1
+        self._write(
+            {
+                "e": "done",
+                "t": now,
+                "step_s": step_s,
+                "decode_steps": len(result.token_ids),
+                "stopped": ends[FinishReason.STOP],
+                "bad": ends[FinishReason.ERROR],
+            }
+        )
 
     def finished(self, request: Request) -> None:
         number = self._numbers.pop(request, None)

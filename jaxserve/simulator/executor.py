@@ -20,12 +20,12 @@ class StepTimes(Protocol):
 
 
 class SimulatedStep(NamedTuple):
-    """A step that was dispatched."""
+    """A step that was dispatched; its token ids are as in `StepResult`."""
 
     plan: StepPlan
     start: float
     end: float
-    token_ids: list[int]
+    token_ids: list[list[int]]
 
 
 @final
@@ -77,33 +77,51 @@ class CostExecutor:
         for request_id in plan.preempted_ids:
             self._preempted_at[request_id] = self._clock.now
         features = features_of(plan)
-        step_s = self._times.predict(plan.bucket, features)
+        decode_steps = self._decode_steps(plan)
+        step_s = decode_steps * self._times.predict(plan.bucket, features)
         self._clock.now += self._host_s
         start = max(self._clock.now, self._free_at)
         self._free_at = end = start + step_s
         self.busy_s += step_s
         self.num_dispatched += 1
-        self.num_prefill_tokens += features.tokens - features.sequences
-        self.num_padded_tokens += plan.bucket.tokens - features.tokens
-        token_ids = [STOP_TOKEN if row[2] + row[3] == last[row[1]] else TOKEN for row in plan.rows]
-        step = SimulatedStep(plan, start, end, token_ids)
+        self.num_prefill_tokens += 0 if plan.is_loop else features.tokens - features.sequences
+        self.num_padded_tokens += plan.num_padded_tokens
+        step = SimulatedStep(plan, start, end, self._token_ids(plan, decode_steps))
         if self.steps is not None:
             self.steps.append(step)
         return step
 
     def collect(self, handle: SimulatedStep) -> StepResult:
-        end, rows = handle.end, handle.plan.rows
+        end, plan = handle.end, handle.plan
         self._clock.advance_to(end)
         chunks = 0
-        for row in reversed(rows):
+        for row in () if plan.is_loop else reversed(plan.rows):
             if row[3] == 1:
                 break
             chunks += 1
             if row[4] and row[0] in self._preempted_at:  # it goes on after having been preempted
                 self.gaps.append((end - self._preempted_at.pop(row[0]), 1))
-        decodes = len(rows) - chunks
-        if decodes and self._last_end is not None:
-            self.gaps.append((end - self._last_end, decodes))
-        self._last_end = end
-        self.token_times.append((end, len(rows)))
+        for decode_step in range(len(handle.token_ids)):
+            rows = sum([row[3] > decode_step for row in plan.rows]) if decode_step else len(plan.rows)
+            decodes = rows - chunks
+            if decodes and self._last_end is not None:  # the tokens of a loop come all at once
+                self.gaps.append((end - self._last_end, decodes))
+            self._last_end = end
+            self.token_times.append((end, rows))
         return StepResult(handle.token_ids, device_s=end - handle.start)
+
+    def _token_ids(self, plan: StepPlan, decode_steps: int) -> list[list[int]]:
+        last = self._last_position
+        if plan.is_loop:
+            return [
+                [STOP_TOKEN if row[2] + turn == last[row[1]] else TOKEN for row in plan.rows]
+                for turn in range(1, decode_steps + 1)
+            ]
+        return [[STOP_TOKEN if row[2] + row[3] == last[row[1]] else TOKEN for row in plan.rows]]
+
+    def _decode_steps(self, plan: StepPlan) -> int:
+        """Decode steps that run: a loop ends when the last of its rows has its last token."""
+        if not plan.is_loop:
+            return 1
+        last = self._last_position
+        return max(0, *[min(row.num_tokens, last[row.slot] - row.start) for row in plan.rows])

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, final
 from jaxserve.core.assembly import Assembly, assemble
 from jaxserve.core.batch import StepBatch
 from jaxserve.core.cost_model import CostModel
-from jaxserve.core.plan import StepPlan, StepResult, plan_digest
+from jaxserve.core.plan import ScheduledRow, StepPlan, StepResult, plan_digest
 from jaxserve.core.predictor import LengthPrediction
 from jaxserve.core.roofline import prior_from_json
 from jaxserve.engine.engine_core import EngineCore
@@ -18,6 +18,9 @@ from jaxserve.simulator.clock import VirtualClock
 from jaxserve.simulator.executor import STOP_TOKEN
 from jaxserve.simulator.instance import without_arrays
 from jaxserve.simulator.tokens import BlockTokens
+
+_NOT_FINITE = -1
+_FIRST_OWN_TOKEN = 2**30  # tokens that no other request has; those of full pages have the numbers of these
 
 
 class Replay(NamedTuple):
@@ -70,14 +73,18 @@ class _RecordedExecutor:
     def collect(self, handle: StepPlan) -> StepResult:
         record = self._results.popleft()
         self._clock.advance_to(record["t"])
-        stopped = set(record["stopped"])
         token_ids = [
-            STOP_TOKEN
-            if row.request_id in stopped
-            else self._contents[row.request_id].at(row.start + row.num_tokens)
-            for row in handle.rows
+            [self._token(record, handle, row, decode_step) for row in handle.rows]
+            for decode_step in range(record["decode_steps"])
         ]
-        return StepResult(token_ids, bad_rows=tuple(record["bad_rows"]), device_s=record["step_s"])
+        return StepResult(token_ids, device_s=record["step_s"])
+
+    def _token(self, record: Mapping[str, Any], plan: StepPlan, row: ScheduledRow, decode_step: int) -> int:
+        if record["stopped"].get(row.request_id) == decode_step + 1:
+            return STOP_TOKEN
+        if record["bad"].get(row.request_id) == decode_step + 1:
+            return _NOT_FINITE
+        return self._contents[row.request_id].at(plan.sampled_position(row, decode_step))
 
 
 def replay(records: Sequence[Mapping[str, Any]]) -> Replay:
@@ -107,7 +114,8 @@ def replay(records: Sequence[Mapping[str, Any]]) -> Replay:
         if record["e"] in ("add", "end", "plan"):
             clock.now = record["t"]
         if record["e"] == "add":
-            tokens = BlockTokens(pages[record["n"]], page_size, record["prompt_tokens"], -1 - record["n"])
+            own = _FIRST_OWN_TOKEN + record["n"]
+            tokens = BlockTokens(pages[record["n"]], page_size, record["prompt_tokens"], own)
             contents[record["id"]] = tokens
             core.add(_request(record, tokens))
         elif record["e"] == "end":

@@ -107,7 +107,7 @@ def test_a_replay_notices_what_was_changed(change: str) -> None:
     elif change == "longer":
         for record in changed:
             if record["e"] == "done":
-                record["stopped"] = []
+                record["stopped"] = {}
     else:
         changed[0]["assembly"]["scheduler"]["ordering"] = "spf"
     assert replay(changed).first_difference is not None
