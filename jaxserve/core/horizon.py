@@ -18,7 +18,7 @@ def loop_steps(decodes: Sequence[Request], most: int, *, is_awaited: bool) -> li
         most: tokens of a row that the loop can make.
         is_awaited: whether somebody waits for the first of them to end.
     """
-    if any([request.params.logprobs is not None for request in decodes]):
+    if any(request.params.logprobs is not None for request in decodes):
         return None
     left = [request.max_num_tokens - request.num_tokens + 1 for request in decodes]
     horizon = min([most, *left, *map(_predicted_left, decodes)]) if is_awaited else most

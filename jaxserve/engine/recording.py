@@ -10,9 +10,9 @@ they happened (``e`` is the kind, ``t`` seconds on the engine's clock):
 - ``pages``: request ``n`` ended; numbers of all the pages that it filled, those with its output included.
 - ``end``: a request was ended from outside (an abort, a stop string).
 - ``plan``: a step was planned; the plan's digest, or null if nothing could run.
-- ``done``: the oldest step's result was read; seconds it took on the device, and its decode steps. ``stopped``
-  and ``bad`` have the requests that ended with a stop token, or with logits that were not finite, and in
-  which of the decode steps, from 1.
+- ``done``: the oldest step's result was read; its seconds on the device, and how many decode steps it had.
+  ``stopped`` and ``bad`` have the requests that ended with a stop token, or with logits that were not finite,
+  and in which of the decode steps, from 1.
 - ``predict``: a request had outgrown its prediction and got another.
 """
 

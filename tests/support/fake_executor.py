@@ -60,7 +60,7 @@ class FakeExecutor:
         return handle
 
     def _run_loop(self, plan: StepPlan) -> list[list[int]]:
-        """As a device does: a row that stops leaves no token for its next step, and so is out of that, too."""
+        """As a device does: a row that stops leaves no token for its next loop, and is out of that, too."""
         running = [not self._is_out(row.slot, row.start) for row in plan.rows]
         result: list[list[int]] = []
         for decode_step in range(plan.bucket.decode_steps):
