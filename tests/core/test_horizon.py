@@ -67,7 +67,7 @@ def test_a_loop_by_hand() -> None:
 
 
 def test_a_short_pool_shortens_loops() -> None:
-    """Of three usable pages a row takes the last; the other goes to the end of its own, and nobody must go."""
+    """Of three usable pages a row takes the last; the other goes to the end of its own; nobody must go."""
     core, fake = make_core(
         pipeline_depth=0, page_size=4, num_pages=4, num_slots=2, watermark_pages=0, max_decode_steps=4
     )

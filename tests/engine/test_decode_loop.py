@@ -50,7 +50,7 @@ def plain(checkpoint: Path) -> Iterator[LLM]:
 
 @pytest.fixture(scope="module", params=[0, 1, 2], ids=lambda depth: f"depth={depth}")
 def looping(request: pytest.FixtureRequest, checkpoint: Path) -> Iterator[LLM]:
-    options = OPTIONS | {"max_decode_steps": STEPS, "pipeline_depth": request.param}
+    options: dict[str, Any] = OPTIONS | {"max_decode_steps": STEPS, "pipeline_depth": request.param}
     with LLM(str(checkpoint), **options) as llm:
         yield llm
 
@@ -207,9 +207,10 @@ def test_caches_stay_where_they_are_and_nothing_compiles(looping: LLM) -> None:
     ids=lambda change: ",".join(f"{key}={value}" for key, value in change.items()),
 )
 def test_preemption_and_devices_change_no_token(change: dict[str, Any], checkpoint: Path, plain: LLM) -> None:
-    options = OPTIONS | change | {"max_decode_steps": STEPS, "row_buckets": (6,)}
+    options: dict[str, Any] = OPTIONS | change | {"max_decode_steps": STEPS, "row_buckets": (6,)}
     if "kv_cache_dtype" in change:
-        with LLM(str(checkpoint), **(options | {"max_decode_steps": 1})) as llm:
+        single: dict[str, Any] = options | {"max_decode_steps": 1}
+        with LLM(str(checkpoint), **single) as llm:
             want = ends(run(llm, lengths()))
     else:
         want = ends(run(plain, lengths()))
@@ -225,12 +226,12 @@ def test_a_loop_may_take_all_of_its_steps(
 ) -> None:
     """Where a branch makes the host wait, a loop does not ask whether anybody is left."""
     monkeypatch.setattr(Cpu, "branches_on_host", True)
-    options = OPTIONS | {"max_decode_steps": STEPS, "row_buckets": (6,)}
+    options: dict[str, Any] = OPTIONS | {"max_decode_steps": STEPS, "row_buckets": (6,)}
     with LLM(str(checkpoint), **options) as llm:
         assert ends(run(llm, lengths())) == ends(run(plain, lengths()))
         assert num_loops(llm) > 0
-        programs: Any = llm.engine.loop.core._executor._programs
-        text = programs.step(Bucket(6, 6, STEPS), greedy=True).as_text()
+        runner: Any = llm.engine.loop.core._executor
+        text = runner._programs.step(Bucket(6, 6, STEPS), greedy=True).as_text()
         assert '"known_trip_count":{"n":"8"}' in text
 
 
