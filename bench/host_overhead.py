@@ -36,7 +36,6 @@ from jaxserve.core.buckets import BucketLadder, default_decode_rows, default_mix
 from jaxserve.core.cost_model import CostModel, UnknownDevice
 from jaxserve.core.plan import StepPlan, StepResult
 from jaxserve.core.predictor import MeanLengthPredictor
-from jaxserve.core.updates import RequestUpdate
 from jaxserve.engine.engine_core import EngineCore
 from jaxserve.engine.input_processor import RequestGroup
 from jaxserve.engine.output_processor import OutputProcessor
@@ -167,7 +166,7 @@ def measure(running: int, steps: int, page_size: int, pipeline_depth: int) -> di
     core = bench.make_core(timed_parts=True)
     output_s = 0.0
     for _ in range(steps):
-        updates: list[RequestUpdate] = core.step()
+        updates = core.step()
         start = _CLOCK()
         outputs = bench.outputs.process(updates)
         output_s += _CLOCK() - start

@@ -58,13 +58,11 @@ def features_of(plan: StepPlan) -> StepFeatures:
     rows = plan.rows
     if plan.is_loop:
         return _loop_features(plan)
-    pairs, context, count = 0.0, sum([row[2] for row in rows]), len(rows)
+    pairs, context, count = 0.0, sum(rows.starts), len(rows)
     tokens = count
-    for row in reversed(rows):
-        length = row[3]
+    for start, length in zip(reversed(rows.starts), reversed(rows.num_tokens), strict=True):
         if length == 1:
             break
-        start = row[2]
         pairs += length * (start + (length + 1) / 2)
         context -= start
         tokens += length - 1
@@ -73,11 +71,12 @@ def features_of(plan: StepPlan) -> StepFeatures:
 
 
 def _loop_features(plan: StepPlan) -> StepFeatures:
-    lengths, count = [row.num_tokens for row in plan.rows], plan.num_decode_steps
-    context = sum([row.start * row.num_tokens for row in plan.rows])
+    rows, decode_steps = plan.rows, plan.num_decode_steps
+    lengths = rows.num_tokens
+    context = sum([length * start for start, length in zip(rows.starts, lengths, strict=True)])
     context += sum([length * (length + 1) // 2 for length in lengths])
-    tokens = round(sum(lengths) / count)
-    return StepFeatures(tokens, round(context / count), 0.0, len(lengths))
+    tokens = round(sum(lengths) / decode_steps)
+    return StepFeatures(tokens, round(context / decode_steps), 0.0, len(rows))
 
 
 class StepCost(Protocol):

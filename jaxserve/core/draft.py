@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from typing import Final, cast
+from typing import cast
 
 from jaxserve.core.kv_cache_manager import KVCacheManager
-from jaxserve.core.plan import Admission, PageUpdate, ScheduledRow
+from jaxserve.core.plan import Admission, PageUpdate, StepRows
 from jaxserve.request import Request
-
-# A third of the time of the named constructor, in a loop that runs for every token.
-_make_row: Final = functools.partial(tuple.__new__, ScheduledRow)
 
 
 @dataclasses.dataclass(slots=True)
@@ -21,28 +17,31 @@ class Draft:
     Attributes:
         budget: tokens that the step can still hold.
         page_size: tokens in a KV page.
-        owners: the requests of the rows, in their order.
+        owners: the requests of the rows, in their order: decodes first.
+        starts: of the rows.
+        chunks: number of tokens, and whether it samples, of each row that is no decode.
         page_ends: requests whose next token is the first of a page.
-        is_loop: whether rows make several tokens, one after the other.
+        loop_tokens: of each row, if the plan is a decode loop; else empty.
     """
 
     budget: int
     page_size: int
-    rows: list[ScheduledRow] = dataclasses.field(default_factory=list[ScheduledRow])
     owners: list[Request] = dataclasses.field(default_factory=list[Request])
+    starts: list[int] = dataclasses.field(default_factory=list[int])
+    chunks: list[tuple[int, bool]] = dataclasses.field(default_factory=list[tuple[int, bool]])
     admissions: list[Admission] = dataclasses.field(default_factory=list[Admission])
     page_updates: list[PageUpdate] = dataclasses.field(default_factory=list[PageUpdate])
     preempted_ids: list[str] = dataclasses.field(default_factory=list[str])
     num_tokens: int = 0
     page_ends: list[Request] = dataclasses.field(default_factory=list[Request])
-    is_loop: bool = False
+    loop_tokens: list[int] = dataclasses.field(default_factory=list[int])
 
     def plan_decodes(self, running: list[Request]) -> list[Request]:
         """One token for each request that lacks one; returns those that lack more: prompts in part computed.
 
         The hottest loop of the scheduler: a row a token that the engine makes.
         """
-        rows, owners, page_size, make_row = self.rows, self.owners, self.page_size, _make_row
+        owners, starts, page_size = self.owners, self.starts, self.page_size
         prefills: list[Request] = []
         for request in running:
             end = request.num_tokens
@@ -50,14 +49,14 @@ class Draft:
             if end - start != 1:
                 prefills.append(request)
             elif end < request.max_num_tokens:  # else the last token is being sampled
-                rows.append(make_row((request.id, request.slot, start, 1, True)))
                 owners.append(request)
+                starts.append(start)
                 request.num_computed_tokens = end
                 request.num_tokens = end + 1
                 if end % page_size == 0:
                     self.page_ends.append(request)
-        self.num_tokens = len(rows)
-        self.budget -= len(rows)
+        self.num_tokens = len(owners)
+        self.budget -= len(owners)
         return prefills
 
     def lengthen_decodes(self, steps: list[int], kv: KVCacheManager) -> None:
@@ -65,32 +64,31 @@ class Draft:
 
         No row takes more than one page, as ``steps`` do not exceed the page size.
         """
-        page_size, make_row = self.page_size, _make_row
-        self.is_loop = True
+        page_size = self.page_size
         self.page_ends = []
-        for index, (row, request, wanted) in enumerate(zip(self.rows, self.owners, steps, strict=True)):
-            start = row[2]
+        for request, start, wanted in zip(self.owners, self.starts, steps, strict=True):
             end, paged = start + wanted, len(request.page_ids) * page_size
             if end > paged and kv.num_available > 0:
                 kv.grow(request, end)
-                page = PageUpdate(row[1], len(request.page_ids) - 1, request.page_ids[-1])
-                self.page_updates.append(page)
+                column = len(request.page_ids) - 1
+                self.page_updates.append(PageUpdate(cast(int, request.slot), column, request.page_ids[-1]))
             elif end > paged:
                 end = paged
-            self.rows[index] = make_row((row[0], row[1], start, end - start, True))
+            self.loop_tokens.append(end - start)
             request.num_computed_tokens = end
             request.num_tokens = end + 1
-            self.num_tokens += end - start - 1
             if end % page_size == 0:
                 self.page_ends.append(request)
+        self.num_tokens = sum(self.loop_tokens)
 
     def plan_chunk(self, request: Request, num_tokens: int) -> None:
         """The next ``num_tokens`` of a prompt."""
         start = request.num_computed_tokens
         end = start + num_tokens
         samples = end == request.num_tokens
-        self.rows.append(ScheduledRow(request.id, cast(int, request.slot), start, num_tokens, samples))
         self.owners.append(request)
+        self.starts.append(start)
+        self.chunks.append((num_tokens, samples))
         self.budget -= num_tokens
         self.num_tokens += num_tokens
         request.num_computed_tokens = end
@@ -98,6 +96,17 @@ class Draft:
             request.num_tokens += 1
             if end % self.page_size == 0:
                 self.page_ends.append(request)
+
+    def rows(self) -> StepRows:
+        """The rows so far."""
+        decodes = len(self.owners) - len(self.chunks)
+        return StepRows(
+            tuple([request.id for request in self.owners]),
+            cast(tuple[int, ...], tuple([request.slot for request in self.owners])),
+            tuple(self.starts),
+            tuple(self.loop_tokens) or (1,) * decodes + tuple([num_tokens for num_tokens, _ in self.chunks]),
+            (True,) * decodes + tuple([samples for _, samples in self.chunks]),
+        )
 
     def drop_pages(self, request: Request) -> None:
         """Forgets the entries of a request that loses its slot."""

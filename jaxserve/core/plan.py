@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from jaxserve.request import SamplingParams
@@ -53,6 +54,40 @@ class ScheduledRow(NamedTuple):
     samples: bool
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepRows:
+    """The rows of a step as columns, aligned; as a sequence, a `ScheduledRow` each.
+
+    Columns, because a row is made for every token: what walks all rows of all steps reads columns.
+    """
+
+    request_ids: tuple[str, ...] = ()
+    slots: tuple[int, ...] = ()
+    starts: tuple[int, ...] = ()
+    num_tokens: tuple[int, ...] = ()
+    samples: tuple[bool, ...] = ()
+
+    @classmethod
+    def of(cls, rows: Iterable[ScheduledRow]) -> StepRows:
+        return cls(*zip(*rows, strict=True))
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+    def __getitem__(self, index: int) -> ScheduledRow:
+        return ScheduledRow(
+            self.request_ids[index],
+            self.slots[index],
+            self.starts[index],
+            self.num_tokens[index],
+            self.samples[index],
+        )
+
+    def __iter__(self) -> Iterator[ScheduledRow]:
+        columns = (self.request_ids, self.slots, self.starts, self.num_tokens, self.samples)
+        return map(ScheduledRow._make, zip(*columns, strict=True))
+
+
 class PageUpdate(NamedTuple):
     """``page_table[slot, column] = page`` before the step runs."""
 
@@ -65,14 +100,14 @@ class PageUpdate(NamedTuple):
 class Admission:
     """Everything the device must know about a request that takes a slot in this step.
 
-    ``token_ids`` are the prompt and, after preemption, the tokens generated so far; the first
-    ``num_prompt_tokens`` of them are the prompt (penalties treat them differently). ``page_ids`` is the whole
+    ``token_ids`` are the prompt and, after preemption, the tokens generated so far; they never change. The
+    first ``num_prompt_tokens`` are the prompt (penalties treat them differently). ``page_ids`` is the whole
     page-table row: pages for all of these tokens, some of them perhaps shared and already filled.
     """
 
     request_id: str
     slot: int
-    token_ids: tuple[int, ...]
+    token_ids: Sequence[int]
     page_ids: tuple[int, ...]
     num_prompt_tokens: int
     params: SamplingParams
@@ -97,7 +132,7 @@ class StepPlan:
     """
 
     step: int
-    rows: tuple[ScheduledRow, ...]
+    rows: StepRows
     bucket: Bucket
     admissions: tuple[Admission, ...] = ()
     page_updates: tuple[PageUpdate, ...] = ()
@@ -112,33 +147,29 @@ class StepPlan:
     @property
     def num_tokens(self) -> int:
         is_plain = self.bucket.is_decode and not self.is_loop
-        return len(self.rows) if is_plain else sum([row.num_tokens for row in self.rows])
+        return len(self.rows) if is_plain else sum(self.rows.num_tokens)
 
     @property
     def num_decodes(self) -> int:
         """Rows that compute one token at a time."""
-        return len(self.rows) if self.bucket.is_decode else sum([row.num_tokens == 1 for row in self.rows])
+        return len(self.rows) if self.bucket.is_decode else self.rows.num_tokens.count(1)
 
     @property
     def num_decode_steps(self) -> int:
         """Decode steps of the row that has most; 1 but in a loop."""
-        return max([row.num_tokens for row in self.rows], default=1) if self.is_loop else 1
+        return max(self.rows.num_tokens, default=1) if self.is_loop else 1
 
     @property
     def num_padded_tokens(self) -> int:
         """Tokens for which the step has room and does not need it."""
         return self.bucket.tokens * self.bucket.decode_steps - self.num_tokens
 
-    def sampled_position(self, row: ScheduledRow, decode_step: int) -> int:
-        """The position of the token that a row samples in a decode step, from 0."""
-        return row.start + (decode_step + 1 if self.bucket.is_decode else row.num_tokens)
-
 
 def plan_digest(plan: StepPlan) -> str:
     """16 hexadecimal digits of all that a plan decides; contents (token ids, sampling) are left out."""
     decided = (
         plan.step,
-        plan.rows,
+        list(plan.rows),
         plan.bucket,
         [(a.request_id, a.slot, len(a.token_ids), a.page_ids) for a in plan.admissions],
         plan.page_updates,
@@ -162,12 +193,14 @@ class StepResult:
     """What a step produced, aligned with ``plan.rows``; plain host values.
 
     Attributes:
-        token_ids: for each decode step that ran (one, but in a loop), the sampled id per row: negative where
-            the logits were not finite; meaningless where the row does not sample, or has stopped before.
+        token_ids: for each decode step that ran (one, but in a loop), the sampled id per row; meaningless
+            where the row does not sample, or has stopped before.
         logprobs: per row, None where not asked for; None altogether if nobody asked, and in a loop.
+        bad_rows: (decode step, index of the row) where the logits were not finite.
         device_s: seconds the executor took to run the step, by its own clock (0 if unknown).
     """
 
     token_ids: list[list[int]]
     logprobs: list[TopLogprobs | None] | None = None
+    bad_rows: tuple[tuple[int, int], ...] = ()
     device_s: float = 0.0

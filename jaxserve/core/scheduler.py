@@ -12,8 +12,8 @@ out to be finished is discarded.
 from __future__ import annotations
 
 from collections import deque
-from itertools import repeat
-from typing import cast
+from itertools import compress
+from typing import NamedTuple, cast
 
 from jaxserve.core.buckets import BucketLadder
 from jaxserve.core.decision_log import DecisionLog
@@ -21,17 +21,23 @@ from jaxserve.core.draft import Draft
 from jaxserve.core.horizon import loop_steps
 from jaxserve.core.kv_cache_manager import KVCacheManager
 from jaxserve.core.observers import Observers
-from jaxserve.core.plan import Admission, Bucket, PageUpdate, StepPlan, StepResult, TopLogprobs
+from jaxserve.core.plan import Admission, Bucket, PageUpdate, StepPlan, StepResult
 from jaxserve.core.policy import Explaining, Policies, Preempting, QueueView, RankingPrefills, StepView
 from jaxserve.core.prefix_cache import PrefixCacheStats
 from jaxserve.core.radix_tree import Match
-from jaxserve.core.updates import RequestUpdate, SchedulerStats, finish_reason, make_update
+from jaxserve.core.updates import SchedulerStats, StepUpdates, finish_reason, live_rows
 from jaxserve.core.waiting_queue import WaitingQueue
 from jaxserve.errors import DuplicateRequestError, QueueFullError
 from jaxserve.request import FinishReason, Request, RequestStatus
 
 # A slot is taken from a running request in every so many steps at most: the search looks at all of them.
 _PREEMPTION_INTERVAL = 8
+
+
+class _InFlight(NamedTuple):
+    plan: StepPlan
+    owners: list[Request]
+    num_finished: int  # of all requests, when it was planned
 
 
 class Scheduler:
@@ -66,9 +72,9 @@ class Scheduler:
         self._live: dict[str, Request] = {}
         self._num_slots = num_slots
         self._free_slots = list(range(num_slots - 1, -1, -1))
-        self._in_flight: deque[tuple[StepPlan, list[Request]]] = deque()
+        self._in_flight: deque[_InFlight] = deque()
         self._with_deadline: set[Request] = set()
-        self._ended: list[RequestUpdate] = []  # ends that no step's result will report
+        self._ended: list[Request] = []  # ends that no step's result will report
         self._page_ends: list[Request] = []  # whose next token is the first of a page
         self._outgrown: list[Request] = []  # longer than the upper quantile of their prediction
         self._step = 0
@@ -108,12 +114,12 @@ class Scheduler:
     ) -> None:
         """Ends a live request from outside (abort, stop string, deadline, error); its pages are free at once.
 
-        The update is returned by the next ``take_ended``.
+        It is returned by the next ``take_ended``.
         """
         request.stop_reason = stop_reason
         request.error = error
         self._leave(request, reason, now)
-        self._ended.append(RequestUpdate(request, None, None, finished=True))
+        self._ended.append(request)
         self._release_batch(now)
 
     def end_all(self, reason: FinishReason, now: float, error: str | None = None) -> None:
@@ -121,8 +127,8 @@ class Scheduler:
         for request in list(self._live.values()):
             self.end(request, reason, now, error=error)
 
-    def take_ended(self) -> list[RequestUpdate]:
-        """Updates of requests that ended outside of a step's result."""
+    def take_ended(self) -> list[Request]:
+        """Requests that ended outside of a step's result."""
         ended, self._ended = self._ended, []
         return ended
 
@@ -171,17 +177,17 @@ class Scheduler:
             if self._preempting is not None and not self._free_slots:
                 self._make_room(self._preempting, now, draft)
         prefills = draft.plan_decodes(self._running)
-        num_decodes = len(draft.rows)
+        num_decodes = len(draft.owners)
         if prefills or self._waiting:
             self._plan_prefills(prefills, now, draft)
-        if self._ladder.decode_steps > 1 and not prefills and len(draft.rows) == num_decodes:
+        if self._ladder.decode_steps > 1 and not prefills and len(draft.owners) == num_decodes:
             self._look_ahead(draft)
         self._page_ends = draft.page_ends
-        if not draft.rows:
+        if not draft.owners:
             return None
         plan = StepPlan(
             step=self._step,
-            rows=tuple(draft.rows),
+            rows=draft.rows(),
             bucket=self._bucket(draft),
             admissions=tuple(draft.admissions),
             page_updates=tuple(draft.page_updates),
@@ -189,13 +195,13 @@ class Scheduler:
             num_held_slots=len(self._held),
         )
         self._step += 1
-        self._in_flight.append((plan, draft.owners))
+        self._in_flight.append(_InFlight(plan, draft.owners, self._num_finished))
         return plan
 
     def _bucket(self, draft: Draft) -> Bucket:
-        num_rows = len(draft.rows)
-        if draft.is_loop or draft.num_tokens == num_rows:
-            return self._ladder.choose_decode(num_rows + len(self._held), is_loop=draft.is_loop)
+        num_rows, is_loop = len(draft.owners), bool(draft.loop_tokens)
+        if is_loop or draft.num_tokens == num_rows:
+            return self._ladder.choose_decode(num_rows + len(self._held), is_loop=is_loop)
         return self._ladder.choose_mixed(draft.num_tokens)
 
     def _look_ahead(self, draft: Draft) -> None:
@@ -236,7 +242,7 @@ class Scheduler:
         """Whether a step has a row of a request that waits: it was preempted after that was planned."""
         if waiting.status is not RequestStatus.PREEMPTED:
             return False
-        return any(waiting in owners for _, owners in self._in_flight)
+        return any(waiting in step.owners for step in self._in_flight)
 
     def _plan_prefills(self, prefills: list[Request], now: float, draft: Draft) -> None:
         """The next chunks of prompts that are partly computed, and then those of new requests."""
@@ -319,7 +325,7 @@ class Scheduler:
             Admission(
                 request_id=request.id,
                 slot=request.slot,
-                token_ids=tuple(request.known_token_ids()),
+                token_ids=request.known_token_ids(),
                 page_ids=tuple(request.page_ids),
                 num_prompt_tokens=request.num_prompt_tokens,
                 params=request.params,
@@ -377,52 +383,45 @@ class Scheduler:
 
     # ------------------------------------------------------------------ results
 
-    def update(self, result: StepResult, now: float) -> list[RequestUpdate]:
-        """Takes the result of the oldest step in flight; returns what changed, in row order."""
-        plan, owners = self._in_flight.popleft()
-        updates: list[RequestUpdate] = []
+    def update(self, result: StepResult, now: float) -> StepUpdates:
+        """Takes the result of the oldest step in flight; returns what changed."""
+        step = self._in_flight.popleft()
+        updates = StepUpdates(logprobs=result.logprobs)
         for decode_step, token_ids in enumerate(result.token_ids):
-            new = self._take_tokens(plan, owners, decode_step, token_ids, result.logprobs, now)
-            if self._observers.want_tokens:
-                self._observers.generated([u.request for u in new if u.token_id is not None], now)
-            updates += new
+            for index in [row for bad_step, row in result.bad_rows if bad_step == decode_step]:
+                self._fail_row(step, index, now, updates)
+            self._take_tokens(step, decode_step, token_ids, now, updates)
         self._release_batch(now)
         return updates
 
     def _take_tokens(
-        self,
-        plan: StepPlan,
-        owners: list[Request],
-        decode_step: int,
-        token_ids: list[int],
-        logprobs: list[TopLogprobs | None] | None,
-        now: float,
-    ) -> list[RequestUpdate]:
+        self, step: _InFlight, decode_step: int, token_ids: list[int], now: float, updates: StepUpdates
+    ) -> None:
         """One token for each row that has one in a decode step, from 0."""
-        updates: list[RequestUpdate] = []
-        finished, make = RequestStatus.FINISHED, make_update
-        for row, request, token_id, row_logprobs in zip(
-            plan.rows, owners, token_ids, logprobs or repeat(None), strict=False
-        ):
-            # A chunk in mid-prompt does not sample; a row may turn out to be finished, or have fewer tokens.
-            if not row[4] or request.status is finished or row[3] <= decode_step:
-                continue
-            if token_id < 0:
-                request.error = "the model produced logits that are not finite"
-                self._leave(request, FinishReason.ERROR, now)
-                updates.append(RequestUpdate(request, None, None, finished=True))
-                continue
+        rows, requests = step.plan.rows, step.owners
+        if step.plan.is_loop or self._num_finished != step.num_finished or not all(rows.samples):
+            live = live_rows(rows, requests, decode_step)
+            requests, token_ids = list(compress(requests, live)), list(compress(token_ids, live))
+            if updates.logprobs is not None:
+                updates.logprobs = list(compress(updates.logprobs, live))
+        for request, token_id in zip(requests, token_ids, strict=True):
             output = request.output_token_ids
             output.append(token_id)
             if token_id in request.stop_token_ids or len(output) >= request.next_limit:
-                ended = self._end_row(request, token_id, now)
-            else:
-                ended = False
-            updates.append(make((request, token_id, row_logprobs, ended)))
-        return updates
+                self._look_at(request, token_id, now, updates)
+        if self._observers.want_tokens:
+            self._observers.generated(requests, now)
+        updates.extend(requests, token_ids)
 
-    def _end_row(self, request: Request, token_id: int, now: float) -> bool:
-        """Looks at a token that may be a request's first or last; whether it ended and may say so now."""
+    def _fail_row(self, step: _InFlight, index: int, now: float, updates: StepUpdates) -> None:
+        request = step.owners[index]
+        if step.plan.rows.samples[index] and not request.is_finished:
+            request.error = "the model produced logits that are not finite"
+            self._leave(request, FinishReason.ERROR, now)
+            updates.ended.append(request)
+
+    def _look_at(self, request: Request, token_id: int, now: float, updates: StepUpdates) -> None:
+        """Looks at a token that may be a request's first or last."""
         if request.first_token_time is None:
             request.first_token_time = now
             request.note_limit()
@@ -430,12 +429,14 @@ class Scheduler:
         if reason is None:
             if len(request.output_token_ids) > request.predicted_output_upper:
                 self._outgrown.append(request)
-            return False
+            return
         if reason is FinishReason.STOP:
             request.stop_reason = token_id
+            updates.stopped.append(request)
         holds = self._policies.admission.holds_slots and request.status is RequestStatus.RUNNING
         self._leave(request, reason, now, holds_slot=holds)
-        return not holds
+        if not holds:
+            updates.ended.append(request)
 
     def drop_in_flight(self) -> None:
         """Forgets the steps in flight of an executor that failed."""
@@ -467,7 +468,7 @@ class Scheduler:
             for request in self._held:
                 request.finish_time = now
                 self._give_up_slot(request, now)
-                self._ended.append(RequestUpdate(request, None, None, finished=True))
+                self._ended.append(request)
             self._held.clear()
 
     def _expire(self, now: float) -> None:

@@ -16,7 +16,7 @@ from jaxserve.core.cost_model import CostModel, features_of
 from jaxserve.core.plan import StepPlan, StepResult
 from jaxserve.core.predictor import LengthPredictor
 from jaxserve.core.scheduler import Scheduler
-from jaxserve.core.updates import RequestUpdate
+from jaxserve.core.updates import StepUpdates
 from jaxserve.engine.recording import Recorder
 from jaxserve.engine.stats import STAGES, BucketStats, EngineStats, StageTimer
 from jaxserve.request import FinishReason, Request
@@ -105,7 +105,7 @@ class EngineCore[Handle]:
                 self._recorder.ended(request, reason, now)
             self._scheduler.end(request, reason, now, stop_reason=stop_reason, error=error)
 
-    def step(self) -> list[RequestUpdate]:
+    def step(self) -> StepUpdates:
         """Plans and launches one step, reads the oldest result that is due, and returns what changed.
 
         The *predict* stage runs when a request is added; the other five run here.
@@ -122,7 +122,7 @@ class EngineCore[Handle]:
             with timers["execute"]:
                 self._in_flight.append(_InFlight(plan, self._executor.dispatch(batch), self._clock()))
         if not self._in_flight or (plan is not None and len(self._in_flight) <= self._depth):
-            return self._finish_step([])
+            return self._finish_step(StepUpdates())
         with timers["execute"]:
             done = self._in_flight.popleft()
             result = self._executor.collect(done.handle)
@@ -135,27 +135,25 @@ class EngineCore[Handle]:
             self._recorder.collected(result, updates, now, step_s)
         return self._finish_step(updates)
 
-    def stop(self, reason: FinishReason, error: str) -> list[RequestUpdate]:
+    def stop(self, reason: FinishReason, error: str) -> StepUpdates:
         """Ends everything at once, steps in flight included: the engine closes, or its executor failed."""
         self._in_flight.clear()
         self._scheduler.drop_in_flight()
         self._scheduler.end_all(reason, self._clock(), error)
-        return self._finish_step([])
+        return self._finish_step(StepUpdates())
 
-    def _finish_step(self, updates: list[RequestUpdate]) -> list[RequestUpdate]:
-        updates += self._scheduler.take_ended()
+    def _finish_step(self, updates: StepUpdates) -> StepUpdates:
+        updates.ended += self._scheduler.take_ended()
         finished = self.stats.finished
-        for update in updates:
-            if update.finished and update.request.finish_reason is not None:
-                reason = update.request.finish_reason.value
+        for request in updates.ended:
+            if request.finish_reason is not None:
+                reason = request.finish_reason.value
                 finished[reason] = finished.get(reason, 0) + 1
                 if self._recorder is not None:
-                    self._recorder.finished(update.request)
+                    self._recorder.finished(request)
         return updates
 
-    def _learn(
-        self, done: _InFlight[Handle], result: StepResult, now: float, updates: list[RequestUpdate]
-    ) -> float:
+    def _learn(self, done: _InFlight[Handle], result: StepResult, now: float, updates: StepUpdates) -> float:
         """Counts and learns; returns the seconds that the step took on the device."""
         plan, stats = done.plan, self.stats
         bucket = stats.buckets.setdefault(plan.bucket, BucketStats())
@@ -171,14 +169,13 @@ class EngineCore[Handle]:
         weight = max(_STEP_TIME_WEIGHT, 1.0 / bucket.steps)
         bucket.mean_step_s += weight * (step_s - bucket.mean_step_s)
         decode_steps = len(result.token_ids)
-        if self._costs is not None and decode_steps:
+        if self._costs is not None and decode_steps:  # none if all rows had stopped before
             self._costs.observe(plan.bucket, features_of(plan), step_s / decode_steps)
-        stopped = [u.request for u in updates if u.request.finish_reason is FinishReason.STOP]
-        for request in dict.fromkeys(stopped):  # a loop may have brought several tokens of one
+        for request in updates.stopped:
             self._predictor.observe(request)
         for request in self._scheduler.take_outgrown():
             self._predict(request)
             if self._recorder is not None:
                 self._recorder.predicted_again(request)
-        stats.output_tokens += len(updates) - [u.token_id for u in updates].count(None)
+        stats.output_tokens += len(updates.token_ids)
         return step_s

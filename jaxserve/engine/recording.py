@@ -11,8 +11,8 @@ they happened (``e`` is the kind, ``t`` seconds on the engine's clock):
 - ``end``: a request was ended from outside (an abort, a stop string).
 - ``plan``: a step was planned; the plan's digest, or null if nothing could run.
 - ``done``: the oldest step's result was read; its seconds on the device, and how many decode steps it had.
-  ``stopped`` and ``bad`` have the requests that ended with a stop token, or with logits that were not finite,
-  and in which of the decode steps, from 1.
+  ``stopped`` has the requests that ended with a stop token, and how many tokens of the step they got;
+  ``bad_rows`` the decode step and the row where logits were not finite.
 - ``predict``: a request had outgrown its prediction and got another.
 """
 
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, final
 
@@ -28,7 +28,7 @@ from jaxserve.core.assembly import Assembly
 from jaxserve.core.cost_model import StepCost
 from jaxserve.core.plan import StepPlan, StepResult, plan_digest
 from jaxserve.core.roofline import prior_to_json
-from jaxserve.core.updates import RequestUpdate
+from jaxserve.core.updates import StepUpdates
 from jaxserve.errors import ConfigError
 from jaxserve.request import FinishReason, Request
 
@@ -79,22 +79,16 @@ class Recorder:
     def planned(self, plan: StepPlan | None, now: float) -> None:
         self._write({"e": "plan", "t": now, "plan": None if plan is None else plan_digest(plan)})
 
-    def collected(
-        self, result: StepResult, updates: Iterable[RequestUpdate], now: float, step_s: float
-    ) -> None:
-        ends: dict[FinishReason, dict[str, int]] = {FinishReason.STOP: {}, FinishReason.ERROR: {}}
-        for update in updates:
-            reason = update.request.finish_reason
-            if reason in ends:  # an update a decode step, up to the last one
-                ends[reason][update.request.id] = ends[reason].get(update.request.id, 0) + 1
+    def collected(self, result: StepResult, updates: StepUpdates, now: float, step_s: float) -> None:
+        stopped = {request.id: updates.requests.count(request) for request in updates.stopped}
         self._write(
             {
                 "e": "done",
                 "t": now,
                 "step_s": step_s,
                 "decode_steps": len(result.token_ids),
-                "stopped": ends[FinishReason.STOP],
-                "bad": ends[FinishReason.ERROR],
+                "stopped": stopped,
+                "bad_rows": result.bad_rows,
             }
         )
 

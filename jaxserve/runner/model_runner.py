@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxserve.core.batch import StepBatch, prepare
-from jaxserve.core.plan import Admission, Bucket, StepPlan, StepResult, TopLogprobs
+from jaxserve.core.plan import Admission, Bucket, StepPlan, StepResult, StepRows, TopLogprobs
 from jaxserve.models.decoder import Decoder
 from jaxserve.models.pairs import pair_views
 from jaxserve.models.params import Params
@@ -22,7 +22,7 @@ from jaxserve.runner.programs import Programs
 from jaxserve.runner.resolve import ResolvedConfig
 from jaxserve.runner.sampler import Sampled, is_greedy
 from jaxserve.runner.slots import SlotState, admission_rows, empty_slots
-from jaxserve.runner.step import NOT_SAMPLED, Caches, StepOutput
+from jaxserve.runner.step import NOT_FINITE, NOT_SAMPLED, Caches, StepOutput
 
 
 class StepHandle(NamedTuple):
@@ -103,13 +103,16 @@ class ModelRunner:
         plan = batch.plan
         if plan.admissions:
             self._admit(list(plan.admissions))
-        greedy = all(self._is_greedy[row.slot] for row in plan.rows)
+        greedy = all(self._is_greedy[slot] for slot in plan.rows.slots)
         output = self._run(plan.bucket, batch.rows, batch.page_updates, greedy=greedy)
         output.token_ids.copy_to_host_async()
         sampled = output.sampled
         if greedy or sampled is None:
             return StepHandle(plan, output, None)
-        counts = [self._logprob_counts[row.slot] if row.samples else -1 for row in plan.rows]
+        counts = [
+            self._logprob_counts[slot] if samples else -1
+            for slot, samples in zip(plan.rows.slots, plan.rows.samples, strict=True)
+        ]
         if max(counts) < 0:
             return StepHandle(plan, output, None)
         for array in (sampled.chosen_logprob, sampled.rank, sampled.top_ids, sampled.top_logprobs):
@@ -122,9 +125,14 @@ class ModelRunner:
         token_ids = np.asarray(output.token_ids)[:, : len(plan.rows)]
         if plan.is_loop:
             token_ids = token_ids[(token_ids != NOT_SAMPLED).any(axis=1)]  # the steps before it ended
-        if output.sampled is None or handle.logprob_counts is None:
-            return StepResult(token_ids.tolist())
-        return StepResult(token_ids.tolist(), _read_logprobs(output.sampled, handle.logprob_counts))
+        bad_rows: tuple[tuple[int, int], ...] = ()
+        if (token_ids < 0).any():
+            bad = np.argwhere(token_ids == NOT_FINITE).tolist()
+            bad_rows = tuple((decode_step, row) for decode_step, row in bad)
+        logprobs = None
+        if output.sampled is not None and handle.logprob_counts is not None:
+            logprobs = _read_logprobs(output.sampled, handle.logprob_counts)
+        return StepResult(token_ids.tolist(), logprobs, bad_rows)
 
     def close(self) -> None:
         """Drops every reference to device memory."""
@@ -140,7 +148,7 @@ class ModelRunner:
         return self._single_row_params if bucket.tokens == 1 else self._params
 
     def _run_empty(self, bucket: Bucket, *, greedy: bool) -> None:
-        batch = self.prepare(StepPlan(step=0, rows=(), bucket=bucket))
+        batch = self.prepare(StepPlan(step=0, rows=StepRows(), bucket=bucket))
         np.asarray(self._run(bucket, batch.rows, batch.page_updates, greedy=greedy).token_ids)
 
     def _admit(self, admissions: list[Admission]) -> None:

@@ -101,7 +101,7 @@ def _token_ids(sampled: Sampled) -> jax.Array:
 class _Loop(NamedTuple):
     """What a loop carries: how many steps are done, which rows go on, and which have stopped."""
 
-    count: jax.Array
+    num_done: jax.Array
     running: jax.Array
     stopped: jax.Array
     token_ids: jax.Array
@@ -127,24 +127,24 @@ def _make_loop(
         stopped = (newest < 0) | has_stopped(sampling, newest, rows.start)
 
         def goes_on(loop: _Loop) -> jax.Array:
-            is_left = loop.count < bucket.decode_steps
+            is_left = loop.num_done < bucket.decode_steps
             return is_left & jnp.any(loop.running) if exits_early else is_left
 
         def advance(loop: _Loop) -> _Loop:
             running = loop.running
-            position = jnp.where(running, rows.start + loop.count, 0)
+            position = jnp.where(running, rows.start + loop.num_done, 0)
             # Rows that have stopped are padding from then on.
             slot = jnp.where(running, rows.slot, loop.slots.tokens.shape[0])
             now = _StepRows(slot, position, running.astype(jnp.int32), running)
             caches, slots, sampled = forward(loop.caches, loop.slots, now)
             ends = has_stopped(sampling, sampled.token_ids, position + 1) | ~sampled.finite
             stopped = loop.stopped | (running & ends)
-            count = loop.count + 1
+            num_done = loop.num_done + 1
             return _Loop(
-                count,
-                running & ~stopped & (count < rows.num_tokens),
+                num_done,
+                running & ~stopped & (num_done < rows.num_tokens),
                 stopped,
-                loop.token_ids.at[loop.count].set(jnp.where(running, _token_ids(sampled), NOT_SAMPLED)),
+                loop.token_ids.at[loop.num_done].set(jnp.where(running, _token_ids(sampled), NOT_SAMPLED)),
                 caches,
                 slots,
             )

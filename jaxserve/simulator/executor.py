@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
+from itertools import repeat
 from typing import NamedTuple, Protocol, final
 
 from jaxserve.core.batch import StepBatch
@@ -86,42 +88,40 @@ class CostExecutor:
         self.num_dispatched += 1
         self.num_prefill_tokens += 0 if plan.is_loop else features.tokens - features.sequences
         self.num_padded_tokens += plan.num_padded_tokens
-        step = SimulatedStep(plan, start, end, self._token_ids(plan, decode_steps))
+        rows = plan.rows
+        token_ids: list[list[int]] = []
+        for turn in range(1, decode_steps + 1):
+            ends = map(operator.add, rows.starts, repeat(turn) if plan.is_loop else rows.num_tokens)
+            is_last = map(operator.eq, ends, map(last.__getitem__, rows.slots))
+            token_ids.append([STOP_TOKEN if stop else TOKEN for stop in is_last])
+        step = SimulatedStep(plan, start, end, token_ids)
         if self.steps is not None:
             self.steps.append(step)
         return step
 
     def collect(self, handle: SimulatedStep) -> StepResult:
-        end, plan = handle.end, handle.plan
+        end, plan, rows = handle.end, handle.plan, handle.plan.rows
         self._clock.advance_to(end)
         chunks = 0
-        for row in () if plan.is_loop else reversed(plan.rows):
-            if row[3] == 1:
+        for index in () if plan.is_loop else range(len(rows) - 1, -1, -1):
+            if rows.num_tokens[index] == 1:
                 break
             chunks += 1
-            if row[4] and row[0] in self._preempted_at:  # it goes on after having been preempted
-                self.gaps.append((end - self._preempted_at.pop(row[0]), 1))
+            request_id = rows.request_ids[index]
+            if rows.samples[index] and request_id in self._preempted_at:  # it was, and goes on
+                self.gaps.append((end - self._preempted_at.pop(request_id), 1))
         for decode_step in range(len(handle.token_ids)):
-            rows = sum([row[3] > decode_step for row in plan.rows]) if decode_step else len(plan.rows)
-            decodes = rows - chunks
-            if decodes and self._last_end is not None:  # the tokens of a loop come all at once
-                self.gaps.append((end - self._last_end, decodes))
+            count = sum([length > decode_step for length in rows.num_tokens]) if decode_step else len(rows)
+            if count > chunks and self._last_end is not None:  # the tokens of a loop come all at once
+                self.gaps.append((end - self._last_end, count - chunks))
             self._last_end = end
-            self.token_times.append((end, rows))
+            self.token_times.append((end, count))
         return StepResult(handle.token_ids, device_s=end - handle.start)
-
-    def _token_ids(self, plan: StepPlan, decode_steps: int) -> list[list[int]]:
-        last = self._last_position
-        if plan.is_loop:
-            return [
-                [STOP_TOKEN if row[2] + turn == last[row[1]] else TOKEN for row in plan.rows]
-                for turn in range(1, decode_steps + 1)
-            ]
-        return [[STOP_TOKEN if row[2] + row[3] == last[row[1]] else TOKEN for row in plan.rows]]
 
     def _decode_steps(self, plan: StepPlan) -> int:
         """Decode steps that run: a loop ends when the last of its rows has its last token."""
         if not plan.is_loop:
             return 1
-        last = self._last_position
-        return max(0, *[min(row.num_tokens, last[row.slot] - row.start) for row in plan.rows])
+        rows, last = plan.rows, self._last_position
+        left = [last[slot] - start for slot, start in zip(rows.slots, rows.starts, strict=True)]
+        return max(0, *map(min, rows.num_tokens, left))

@@ -19,9 +19,6 @@ from jaxserve.simulator.executor import STOP_TOKEN
 from jaxserve.simulator.instance import without_arrays
 from jaxserve.simulator.tokens import BlockTokens
 
-_NOT_FINITE = -1
-_FIRST_OWN_TOKEN = 2**30  # tokens that no other request has; those of full pages have the numbers of these
-
 
 class Replay(NamedTuple):
     """What a replay found.
@@ -74,17 +71,18 @@ class _RecordedExecutor:
         record = self._results.popleft()
         self._clock.advance_to(record["t"])
         token_ids = [
-            [self._token(record, handle, row, decode_step) for row in handle.rows]
-            for decode_step in range(record["decode_steps"])
+            [self._token(record["stopped"], handle, row, turn) for row in handle.rows]
+            for turn in range(1, record["decode_steps"] + 1)
         ]
-        return StepResult(token_ids, device_s=record["step_s"])
+        bad_rows = tuple((decode_step, row) for decode_step, row in record["bad_rows"])
+        return StepResult(token_ids, bad_rows=bad_rows, device_s=record["step_s"])
 
-    def _token(self, record: Mapping[str, Any], plan: StepPlan, row: ScheduledRow, decode_step: int) -> int:
-        if record["stopped"].get(row.request_id) == decode_step + 1:
+    def _token(self, stopped: Mapping[str, int], plan: StepPlan, row: ScheduledRow, turn: int) -> int:
+        """What a row samples in a decode step, from 1."""
+        if stopped.get(row.request_id) == turn:
             return STOP_TOKEN
-        if record["bad"].get(row.request_id) == decode_step + 1:
-            return _NOT_FINITE
-        return self._contents[row.request_id].at(plan.sampled_position(row, decode_step))
+        position = row.start + (turn if plan.is_loop else row.num_tokens)
+        return self._contents[row.request_id].at(position)
 
 
 def replay(records: Sequence[Mapping[str, Any]]) -> Replay:
@@ -114,8 +112,7 @@ def replay(records: Sequence[Mapping[str, Any]]) -> Replay:
         if record["e"] in ("add", "end", "plan"):
             clock.now = record["t"]
         if record["e"] == "add":
-            own = _FIRST_OWN_TOKEN + record["n"]
-            tokens = BlockTokens(pages[record["n"]], page_size, record["prompt_tokens"], own)
+            tokens = BlockTokens(pages[record["n"]], page_size, record["prompt_tokens"], -1 - record["n"])
             contents[record["id"]] = tokens
             core.add(_request(record, tokens))
         elif record["e"] == "end":

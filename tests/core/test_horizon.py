@@ -7,7 +7,7 @@ import pytest
 from jaxserve.core.buckets import BucketLadder
 from jaxserve.core.cost_model import StepFeatures, features_of
 from jaxserve.core.horizon import loop_steps
-from jaxserve.core.plan import Bucket, PageUpdate, ScheduledRow, StepPlan
+from jaxserve.core.plan import Bucket, PageUpdate, ScheduledRow, StepPlan, StepRows
 from jaxserve.engine.engine_core import EngineCore
 from jaxserve.request import FinishReason, Request
 from tests.support.engine_parts import make_core, make_request, run_to_end
@@ -56,10 +56,10 @@ def test_a_loop_by_hand() -> None:
         Bucket(2, 2, 4),
         Bucket(1, 1, 4),
     ]
-    rows = [plan.rows for plan in plans(fake)]
-    assert rows[1] == (ScheduledRow("a", 0, 3, 4, True), ScheduledRow("b", 1, 2, 4, True))
-    assert rows[2] == (ScheduledRow("a", 0, 7, 4, True), ScheduledRow("b", 1, 6, 1, True))
-    assert rows[3] == (ScheduledRow("a", 0, 11, 3, True),)
+    rows = [list(plan.rows) for plan in plans(fake)]
+    assert rows[1] == [ScheduledRow("a", 0, 3, 4, True), ScheduledRow("b", 1, 2, 4, True)]
+    assert rows[2] == [ScheduledRow("a", 0, 7, 4, True), ScheduledRow("b", 1, 6, 1, True)]
+    assert rows[3] == [ScheduledRow("a", 0, 11, 3, True)]
     assert plans(fake)[1].page_updates == (PageUpdate(0, 1, 3), PageUpdate(1, 1, 4))
     assert [plan.num_tokens for plan in plans(fake)] == [5, 8, 5, 3]
     assert [plan.num_padded_tokens for plan in plans(fake)] == [27, 0, 3, 1]
@@ -139,9 +139,8 @@ def test_bad_logits_in_a_loop_end_only_their_own_request(depth: int) -> None:
     class TurnsBad(FakeExecutor):
         """The third token of "bad" has none."""
 
-        def _run_row(self, request_id: str, slot: int, start: int, num_tokens: int, samples: bool) -> int:
-            token = super()._run_row(request_id, slot, start, num_tokens, samples)
-            return -1 if request_id == "bad" and start + num_tokens >= 4 else token
+        def is_bad(self, row: ScheduledRow, decode_step: int) -> bool:
+            return row.request_id == "bad" and row.start + decode_step + 1 >= 4
 
     core, _ = make_core(executor=TurnsBad(8, 4), pipeline_depth=depth, max_decode_steps=4)
     bad, good = make_request("bad", [1, 2], 9), make_request("good", [3, 4], 9)
@@ -166,7 +165,7 @@ def test_an_abort_discards_what_is_in_flight() -> None:
 
 def test_a_loop_is_priced_by_its_mean_step() -> None:
     rows = (ScheduledRow("a", 0, 10, 4, True), ScheduledRow("b", 1, 20, 2, True))
-    plan = StepPlan(0, rows, Bucket(2, 2, 4))
+    plan = StepPlan(0, StepRows.of(rows), Bucket(2, 2, 4))
     context = (11 + 12 + 13 + 14) + (21 + 22)
     assert features_of(plan) == StepFeatures(round(6 / 4), round(context / 4), 0.0, 2)
     assert plan.num_decode_steps == 4

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from jaxserve.core.batch import StepBatch
-from jaxserve.core.plan import Admission, StepPlan, StepResult
+from jaxserve.core.plan import Admission, ScheduledRow, StepPlan, StepResult
 
 
 @dataclasses.dataclass
@@ -52,9 +52,21 @@ class FakeExecutor:
             self.tables[slot][index] = page
         assert len(plan.rows) <= plan.bucket.rows
         if plan.is_loop:
-            return StepResult(self._run_loop(plan))
-        assert sum(row.num_tokens for row in plan.rows) <= plan.bucket.tokens
-        return StepResult([[self._run_row(*row) for row in plan.rows]])
+            token_ids = self._run_loop(plan)
+        else:
+            assert sum(row.num_tokens for row in plan.rows) <= plan.bucket.tokens
+            token_ids = [[self._run_row(*row[1:]) for row in plan.rows]]
+        bad_rows = [
+            (decode_step, index)
+            for decode_step in range(len(token_ids))
+            for index, row in enumerate(plan.rows)
+            if self.is_bad(row, decode_step)
+        ]
+        return StepResult(token_ids, bad_rows=tuple(bad_rows))
+
+    def is_bad(self, row: ScheduledRow, decode_step: int) -> bool:
+        """Whether a row's logits are not finite."""
+        return row.samples and row.request_id in self.bad_requests
 
     def collect(self, handle: StepResult) -> StepResult:
         return handle
@@ -70,7 +82,7 @@ class FakeExecutor:
             if not any(running):
                 break
             token_ids = [
-                self._run_row(row.request_id, row.slot, row.start + decode_step, 1, row.samples) if on else -2
+                self._run_row(row.slot, row.start + decode_step, 1, row.samples) if on else -1
                 for on, row in zip(running, plan.rows, strict=True)
             ]
             if self.stops_rows:
@@ -89,7 +101,7 @@ class FakeExecutor:
         """Whether a row's request stopped in an earlier loop, so that nothing of it is looked at any more."""
         return start >= len(self.tokens[slot]) and self._has_stopped(slot)
 
-    def _run_row(self, request_id: str, slot: int, start: int, num_tokens: int, samples: bool) -> int:
+    def _run_row(self, slot: int, start: int, num_tokens: int, samples: bool) -> int:
         tokens, table = self.tokens[slot], self.tables[slot]
         if self._is_out(slot, start):
             return -1
@@ -110,7 +122,7 @@ class FakeExecutor:
         assert start + num_tokens == len(tokens)
         token = (sum(tokens) + self.seeds[slot]) % self.vocab_size
         tokens.append(token)
-        return -1 if request_id in self.bad_requests else token
+        return token
 
 
 def expected_tokens(prompt: list[int], seed: int, count: int, vocab_size: int = 101) -> list[int]:
