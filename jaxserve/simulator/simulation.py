@@ -99,6 +99,7 @@ class SimulationResult:
             "e2e_mean_s": (sum(e2e) / len(e2e), "s"),
             "itl_p50_ms": (1e3 * weighted_percentile(self.gaps, 50), "ms"),
             "itl_p99_ms": (1e3 * weighted_percentile(self.gaps, 99), "ms"),
+            "wait_mean_s": (sum(waits) / len(waits), "s"),
             "wait_p99_s": (percentile(waits, 99), "s"),
             "wait_max_s": (max(waits), "s"),
             **self.counters,
