@@ -32,7 +32,7 @@ from typing import Any
 
 from bench import load_sweep
 from bench.pod_times import with_pod
-from bench.results import Results, add_output_flag, float_list, host_device, jax_device
+from bench.results import Results, add_output_flag, float_list, host_device, int_list, jax_device
 from bench.shapes import add_shape_flag
 from bench.sim_vs_real import POLICIES
 from bench.workloads import find_traces, synthetic_trace
@@ -61,8 +61,17 @@ SHOWN = (
 class Bench:
     """Simulates on one machine, and emits what comes out."""
 
-    def __init__(self, results: Results, cluster: str, traces: Path | None, requests: int, seed: int) -> None:
+    def __init__(
+        self,
+        results: Results,
+        cluster: str,
+        traces: Path | None,
+        requests: int,
+        slots: Sequence[int],
+        seed: int,
+    ) -> None:
         self._results = results
+        self.slots = slots
         self._cluster = cluster
         self._traces = traces
         self.requests = requests
@@ -150,7 +159,8 @@ def saturation(bench: Bench) -> None:
         "priority": ("mean", {"ordering": "priority"}),
     }
     name, trace = bench.trace(CONVERSATION)
-    for slots, loads in ((16, (0.5, 0.8, 0.94, 1.0)), (64, (0.94, 1.0))):
+    for slots in bench.slots:
+        loads = (0.94, 1.0) if slots >= 64 else (0.5, 0.8, 0.94, 1.0)
         full = saturation_rate(bench, trace, max_num_seqs=slots)
         bench.add("fcfs", "saturation_rate", full, "requests/s", workload=name, slots=slots)
         for load in loads:
@@ -384,7 +394,7 @@ def main(argv: list[str] | None = None) -> int:
     if simulated:
         requests = args.requests or _REQUESTS
         results = Results("scheduling", host_device(), args.output)
-        bench = Bench(results, args.cluster, traces, requests, args.bench_seed)
+        bench = Bench(results, args.cluster, traces, requests, args.slots, args.bench_seed)
         for part in simulated:
             PARTS[part](bench)
     if SWEEP in args.parts:
@@ -414,6 +424,12 @@ def _parser() -> CommandParser:
         "--requests", type=int, help=f"of each trace (default: {_REQUESTS}; {SWEEP}: {_SWEEP_REQUESTS} a run)"
     )
     parser.add_argument("--cluster", default="1xH100m", help="what is simulated (default: %(default)s)")
+    parser.add_argument(
+        "--slots",
+        type=int_list,
+        default=(16, 64),
+        help="saturation: requests at once; low loads only below 64 (default: 16,64)",
+    )
     parser.add_argument("--bench-seed", type=int, default=0)
     parser.add_argument("--traces", type=Path, metavar="DIR", help="folder of real data")
     add_output_flag(parser)

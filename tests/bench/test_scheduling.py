@@ -138,10 +138,12 @@ def test_seed_tables_label_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyP
     path = tmp_path / "out.jsonl"
     assert seed_tables.main(["--output", str(path)]) == 0
     records = read_results([path])
-    assert {record["evidence"] for record in records} == {"simulated"}
-    assert all(
-        record["explanation"] and "simulated (uncalibrated)" in record["machine"] for record in records
-    )
+    assert all(record["explanation"] and record["machine"].startswith("simulated (") for record in records)
+    for record in records:
+        # What an H100 showed says something of the article's machine by extrapolation only.
+        is_likened = "memory_efficiency 0.69" in record["machine"]
+        assert record["evidence"] == ("extrapolated" if is_likened else "simulated")
+        assert ("(calibrated on" in record["machine"]) == record["machine"].endswith("TP1 H100m")
     main_table = [(r["case"], r["metric"], r["seed"]) for r in records if "seed" in r][:3]
     assert main_table == [
         ("static", "output_tok_s", 800), ("continuous", "output_tok_s", 2400), ("smart", "output_tok_s", 7200)

@@ -94,3 +94,17 @@ def test_profiles_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         load_profile("bad", tmp_path)
     with pytest.raises(ConfigError, match="device profile 'none': must be one of H100"):
         load_profile("none", tmp_path)
+
+
+def test_buckets_that_were_hardly_measured_take_the_fitted_roofline() -> None:
+    profile = load_profile("H100m")
+    roofline = Roofline(profile.device, model_shape("llama-3-8b"))
+    times, _ = profile.step_times(roofline)
+    counts = {bucket["tokens"]: bucket["samples"] for bucket in profile.measured[0].costs["buckets"]}
+    assert (counts[64], counts[128]) == (391, 24)
+    for rows in (64, 128):
+        near, far = (
+            times.predict(Bucket(rows, rows), StepFeatures(rows, rows * context, 0.0, rows))
+            for context in (200, 4000)
+        )
+        assert far > 1.5 * near, "the 24 steps saw contexts too alike to show what they cost"
