@@ -102,9 +102,8 @@ def test_buckets_that_were_hardly_measured_take_the_fitted_roofline() -> None:
     times, _ = profile.step_times(roofline)
     counts = {bucket["tokens"]: bucket["samples"] for bucket in profile.measured[0].costs["buckets"]}
     assert (counts[64], counts[128]) == (391, 24)
-    for rows in (64, 128):
-        near, far = (
-            times.predict(Bucket(rows, rows), StepFeatures(rows, rows * context, 0.0, rows))
-            for context in (200, 4000)
-        )
-        assert far > 1.5 * near, "the 24 steps saw contexts too alike to show what they cost"
+    ratio = profile.measured[0].costs["ratio"]
+    for rows, is_prior in ((64, False), (128, True)):
+        features = StepFeatures(rows, rows * 500, 0.0, rows)
+        prior = ratio * roofline.seconds(Bucket(rows, rows), features)
+        assert (times.predict(Bucket(rows, rows), features) == pytest.approx(prior, rel=1e-6)) == is_prior
