@@ -47,6 +47,13 @@ def make_parser() -> CommandParser:
     parser = command_parser("bench", _DESCRIPTION, usage="jaxserve bench [options]")
     add = parser.add_argument_group("benchmark options").add_argument
     add("--workload", choices=[*WORKLOADS, "all"], default="all", help="which lengths (default: all)")
+    add(
+        "--modes",
+        type=_modes,
+        default=MODES,
+        metavar="MODE,...",
+        help="static, the base, and which others (default: all)",
+    )
     add("--requests", type=int, default=128, metavar="N", help="requests of a run (default: 128)")
     add("--batch-sizes", type=int_list, default=(8, 16, 32), metavar="N,...", help="default: 8,16,32")
     add(
@@ -78,6 +85,13 @@ def make_parser() -> CommandParser:
     return parser
 
 
+def _modes(text: str) -> tuple[Batching, ...]:
+    chosen = {"static", *text.split(",")}
+    if unknown := chosen - set(MODES):
+        raise argparse.ArgumentTypeError(f"{min(unknown)!r} is not one of {', '.join(MODES)}")
+    return tuple(mode for mode in MODES if mode in chosen)
+
+
 def make_workloads(args: argparse.Namespace, prompts: PromptSource, traces: Path | None) -> list[Workload]:
     """The workloads asked for, all requests at once."""
     made: list[Workload] = []
@@ -99,14 +113,14 @@ def make_workloads(args: argparse.Namespace, prompts: PromptSource, traces: Path
 
 
 def best_batch_sizes(
-    runners: Runners, sizes: Sequence[int], workload: Workload, count: int
+    runners: Runners, modes: Sequence[Batching], sizes: Sequence[int], workload: Workload, count: int
 ) -> dict[Batching, int]:
     """The batch size with the highest output throughput, for each mode, on the first ``count`` requests."""
     if len(sizes) == 1:
-        return dict.fromkeys(MODES, sizes[0])
+        return dict.fromkeys(modes, sizes[0])
     trial = at_once(Workload(workload.name, workload.items[:count]))
     best: dict[Batching, int] = {}
-    for mode in MODES:
+    for mode in modes:
         rates = {size: throughput(runners.run(mode, size, trial).times) for size in sizes}
         best[mode] = max(rates, key=lambda size: rates[size])
     return best
@@ -114,10 +128,10 @@ def best_batch_sizes(
 
 def run_modes(runners: Runners, best: Mapping[Batching, int], workload: Workload, repeats: int) -> RunsByMode:
     """Repeats of each mode at its best batch size, interleaved so that a slow minute hits all alike."""
-    runs: RunsByMode = {mode: [] for mode in MODES}
+    runs: RunsByMode = {mode: [] for mode in best}
     for _ in range(repeats):
-        for mode in MODES:
-            runs[mode].append(runners.run(mode, best[mode], workload))
+        for mode, size in best.items():
+            runs[mode].append(runners.run(mode, size, workload))
     return runs
 
 
@@ -125,18 +139,18 @@ def report(results: Results, runs: RunsByMode, workload: str, arrivals: str) -> 
     """Emits every metric of every mode, and returns them as a table."""
     table = Table(title=f"{workload}, {arrivals}", title_justify="left")
     table.add_column("metric", no_wrap=True)
-    for mode in MODES:
-        table.add_column(f"{mode} (batch {runs[mode][0].batch_size})", justify="right", no_wrap=True)
+    for mode, done in runs.items():
+        table.add_column(f"{mode} (batch {done[0].batch_size})", justify="right", no_wrap=True)
     where = {"workload": workload, "arrivals": arrivals}
     static = [run.metrics() for run in runs["static"]]
     cells: dict[str, list[str]] = {}
-    for mode in MODES:
-        metrics = [run.metrics() for run in runs[mode]]
+    for mode, done in runs.items():
+        metrics = [run.metrics() for run in done]
         series = {name: ([m[name][0] for m in metrics], unit) for name, (_, unit) in metrics[0].items()}
         for rate, speedup in _SPEEDUPS.items():
             pairs = zip(metrics, static, strict=True)
             series[speedup] = ([m[rate][0] / base[rate][0] for m, base in pairs], "x")
-        series["best_batch"] = ([float(runs[mode][0].batch_size)], "requests")
+        series["best_batch"] = ([float(done[0].batch_size)], "requests")
         for name, (values, unit) in series.items():
             results.add_repeats(mode, name, values, unit, **where)
             median = results.records[-1]["value"]
@@ -165,7 +179,7 @@ def main(argv: list[str] | None = None) -> int:
     console = Console(stderr=True) if sys.stderr.isatty() else Console(stderr=True, width=_TABLE_WIDTH)
     for workload in workloads:
         count = args.trial_requests or 2 * max(args.batch_sizes)
-        best = best_batch_sizes(runners, args.batch_sizes, workload, count)
+        best = best_batch_sizes(runners, args.modes, args.batch_sizes, workload, count)
         loads = {"offline": at_once(workload)}
         if args.rate is not None:
             is_timed = workload.items[-1].arrival_s > 0

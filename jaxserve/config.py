@@ -20,7 +20,7 @@ Batching = Literal["continuous", "static", "dynamic"]
 Ordering = Literal["fcfs", "priority", "strict_priority", "sjf", "mlfq", "fair", "lpm", "dlpm", "spf"]
 Composition = Literal["chunked", "slo", "phase", "partition"]
 Victim = Literal["auto", "latest", "least_urgent", "most_remaining"]
-Attention = Literal["auto", "reference", "xla", "mosaic_gpu", "mosaic_tpu"]
+Attention = Literal["auto", "reference", "xla", "mosaic_gpu", "triton", "mosaic_tpu"]
 Device = Literal["auto", "cpu", "gpu", "tpu"]
 
 

@@ -64,9 +64,7 @@ def check_sampling_params(params: SamplingParams) -> None:
     """Checks everything that does not depend on the model. Raises ValidationError."""
     _check_int("n", params.n, 1, MAX_N)
     _check_float("temperature", params.temperature, 0.0, MAX_TEMPERATURE)
-    _check_float("top_p", params.top_p, 0.0, 1.0)
-    if params.top_p <= 0:
-        raise ValidationError("top_p", params.top_p, "must be in (0, 1]")
+    _check_float("top_p", params.top_p, 0.0, 1.0, above_low=True)
     _check_int("top_k", params.top_k, -1, MAX_TOKENS)
     _check_float("min_p", params.min_p, 0.0, 1.0)
     _check_float(
@@ -221,15 +219,12 @@ def _check_int(field: str, value: object, low: int, high: int) -> None:
         raise ValidationError(field, value, f"must be an integer in [{low}, {high}]")
 
 
-def _check_float(field: str, value: object, low: float, high: float) -> None:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, numbers.Real)  # numpy's too
-        or not low
-        <= cast(float, value)
-        <= high  # also refuses NaN; `math.isfinite` would overflow on a huge integer
-    ):
-        raise ValidationError(field, value, f"must be a finite number in [{low:g}, {high:g}]")
+def _check_float(field: str, value: object, low: float, high: float, *, above_low: bool = False) -> None:
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)  # numpy's too
+    # Comparing also refuses NaN; `math.isfinite` would overflow on a huge integer.
+    if not is_number or not low <= cast(float, value) <= high or (above_low and value == low):
+        bracket = "(" if above_low else "["
+        raise ValidationError(field, value, f"must be a finite number in {bracket}{low:g}, {high:g}]")
 
 
 def _check_sequence(field: str, value: object, longest: int) -> None:

@@ -181,9 +181,8 @@ def make_runner(
         admission_sizes(resolved.num_slots),
         branches_on_host=model.platform.branches_on_host,
     )
-    with tqdm(
-        total=num_programs, desc="compiling, once (about a minute)", unit="program", disable=not progress
-    ) as bar:
+    desc = "compiling, or loading what an earlier start compiled"
+    with tqdm(total=num_programs, desc=desc, unit="program", disable=not progress) as bar:
         runner = ModelRunner(
             model.module,
             model.params,

@@ -12,7 +12,7 @@ from jaxserve.pallas_kernels.layout import KVPages
 from jaxserve.pallas_kernels.ragged_paged_attention.metadata import AttentionMetadata as AttentionMetadata
 from jaxserve.pallas_kernels.ragged_paged_attention.variant import AttentionVariant
 
-Implementation = Literal["auto", "reference", "xla", "mosaic_gpu", "mosaic_tpu"]
+Implementation = Literal["auto", "reference", "xla", "mosaic_gpu", "triton", "mosaic_tpu"]
 
 _FOLDER = "jaxserve.pallas_kernels.ragged_paged_attention"
 
@@ -22,9 +22,10 @@ RAGGED_PAGED_ATTENTION = Operation(
         "reference": f"{_FOLDER}.reference:ragged_paged_attention",
         "xla": f"{_FOLDER}.xla:ragged_paged_attention",
         "mosaic_gpu": f"{_FOLDER}.mosaic_gpu.attention:ragged_paged_attention",
+        "triton": f"{_FOLDER}.triton:ragged_paged_attention",
         "mosaic_tpu": f"{_FOLDER}.mosaic_tpu:ragged_paged_attention",
     },
-    order={"cpu": ("xla",), "gpu": ("mosaic_gpu", "xla"), "tpu": ("mosaic_tpu", "xla")},
+    order={"cpu": ("xla",), "gpu": ("mosaic_gpu", "triton", "xla"), "tpu": ("mosaic_tpu", "xla")},
 )
 
 

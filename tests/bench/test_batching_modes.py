@@ -3,8 +3,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 
-from bench.batching_modes import main
+from bench.batching_modes import main, make_parser
 from bench.batching_runs import IDLE, MODES, slot_table, slot_waste_share
 from bench.results import read_results
 from jaxserve.core.plan import StepPlan
@@ -43,6 +44,14 @@ def test_continuous_wastes_less_than_static_and_dynamic() -> None:
 
 def test_no_steps_waste_nothing() -> None:
     assert slot_waste_share(slot_table([], 4)) == 0.0
+
+
+def test_modes_always_include_the_base(capsys: pytest.CaptureFixture[str]) -> None:
+    assert make_parser().parse_args(["--modes", "continuous"]).modes == ("static", "continuous")
+    assert make_parser().parse_args([]).modes == MODES
+    with pytest.raises(SystemExit):
+        make_parser().parse_args(["--modes", "continuous,eager"])
+    assert "'eager' is not one of static, dynamic, continuous" in capsys.readouterr().err
 
 
 def test_end_to_end_on_a_tiny_model(tiny_model: Path, traces: Path, tmp_path: Path, capsys) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import re
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,50 +13,7 @@ from hypothesis import strategies as st
 
 from jaxserve.pallas_kernels.ragged_paged_attention.api import AttentionMetadata, ragged_paged_attention
 from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_gpu.work import share_out, tile_out, worker_of
-
-CUSTOM_CALLS = ("mosaic_gpu_v2", "mosaic_gpu", "triton_kernel_call", "__gpu$xla.gpu.triton")
-
-
-def lower_for_h100(
-    *,
-    max_q_len: int,
-    heads: tuple[int, int] = (32, 8),
-    head_dim: int = 128,
-    page_size: int = 64,
-    dtype: str = "bfloat16",
-    sliding_window: int | None = None,
-    soft_cap: float | None = None,
-) -> str:
-    """The exported module's text; nothing is compiled or run."""
-    q_heads, kv_heads = heads
-    rows = 8
-    tokens = 64
-    shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.dtype(dtype))
-    kv = shape((tokens, kv_heads, head_dim))
-    integers = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-    table: Any = integers((rows, 16))
-    lengths: Any = integers((rows,))
-    starts: Any = integers((rows + 1,))
-    metadata = AttentionMetadata(table, lengths, starts, max_q_len)
-    attend = functools.partial(
-        ragged_paged_attention,
-        scale=head_dim**-0.5,
-        sliding_window=sliding_window,
-        soft_cap=soft_cap,
-        implementation="mosaic_gpu",
-    )
-    h100 = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
-    mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=h100)
-    checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in CUSTOM_CALLS]
-    with jax.sharding.use_abstract_mesh(mesh):
-        exported = jax.export.export(jax.jit(attend), platforms=["cuda"], disabled_checks=checks)(
-            shape((tokens, q_heads, head_dim)),
-            kv,
-            kv,
-            shape((100, page_size, 2 * kv_heads, head_dim)),
-            metadata,
-        )
-    return exported.mlir_module()
+from tests.support.gpu_lowering import lower_for_h100
 
 
 # Write and merge are Triton kernels, which JAX means to drop.
@@ -76,7 +31,7 @@ def lower_for_h100(
     ids=str,
 )
 def test_it_lowers_for_an_h100(options: dict[str, object]) -> None:
-    text = lower_for_h100(**options)  # pyright: ignore[reportArgumentType]
+    text = lower_for_h100("mosaic_gpu", **options)  # pyright: ignore[reportArgumentType]
     names = r"ragged_paged_(write|merge|prefill_and_decode|prefill|decode)(?=_mosaic_gpu|\b)"
     kernels = set(re.findall(names, text))
     attention = {"decode"} if options["max_q_len"] == 1 else {"prefill_and_decode"}
@@ -96,7 +51,7 @@ def test_it_lowers_for_an_h100(options: dict[str, object]) -> None:
 )
 def test_what_it_does_not_take_is_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(NotImplementedError, match=message):
-        lower_for_h100(max_q_len=1, **options)  # pyright: ignore[reportArgumentType]
+        lower_for_h100("mosaic_gpu", max_q_len=1, **options)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="this machine may have what is refused here")

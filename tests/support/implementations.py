@@ -9,7 +9,7 @@ from collections.abc import Generator
 import jax
 import pytest
 
-from jaxserve.pallas_kernels.ragged_paged_attention import mosaic_tpu
+from jaxserve.pallas_kernels.ragged_paged_attention import mosaic_tpu, triton
 from jaxserve.pallas_kernels.ragged_paged_attention.api import RAGGED_PAGED_ATTENTION
 from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_gpu import attention as mosaic_gpu
 from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_tpu_blocks import Blocks
@@ -18,7 +18,7 @@ from tests.support.tpu_interpreter import simulated_tpu
 IMPLEMENTATIONS = tuple(RAGGED_PAGED_ATTENTION.implementations)
 
 # Kernels for another machine than this one are simulated; the simulator copies its arguments.
-_BACKENDS = {"mosaic_tpu": "tpu", "mosaic_gpu": "gpu"}
+_BACKENDS = {"mosaic_tpu": "tpu", "mosaic_gpu": "gpu", "triton": "gpu"}
 SIMULATED = tuple(name for name, backend in _BACKENDS.items() if jax.default_backend() != backend)
 
 # In one jitted program the GPU simulator's callbacks could wait for threads that wait for them.
@@ -28,9 +28,10 @@ EAGER = ("mosaic_gpu",) if "mosaic_gpu" in SIMULATED else ()
 REFUSED_DTYPES = {"mosaic_tpu": ("float16",), "mosaic_gpu": ("float32",)}
 
 # 8-bit caches that an implementation takes.
-KV_DTYPES: dict[str, tuple[str, ...]] = dict.fromkeys(
-    ("reference", "xla", "mosaic_tpu"), ("int8", "float8_e4m3fn")
-)
+KV_DTYPES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("reference", "xla", "mosaic_tpu"), ("int8", "float8_e4m3fn")),
+    "triton": ("int8",),
+}
 
 # Cuts rows where the load says so: another batch rounds a row differently.
 LOAD_DEPENDENT = ("mosaic_gpu",)
@@ -49,10 +50,12 @@ def finest_dtype(implementation: str) -> str:
 @contextlib.contextmanager
 def able_to_run(implementation: str) -> Generator[None]:
     """Inside, the implementation can be traced and run; its results must be read inside too."""
-    if implementation in EAGER:
+    gpu_kernels = {"mosaic_gpu": mosaic_gpu, "triton": triton}
+    if implementation in SIMULATED and implementation in gpu_kernels:
         with pytest.MonkeyPatch.context() as patch:
-            interpreted = functools.partial(mosaic_gpu.ragged_paged_attention, interpret=True)
-            patch.setattr(mosaic_gpu, "ragged_paged_attention", interpreted)
+            module = gpu_kernels[implementation]
+            interpreted = functools.partial(module.ragged_paged_attention, interpret=True)
+            patch.setattr(module, "ragged_paged_attention", interpreted)
             yield
         return
     if implementation != "mosaic_tpu":

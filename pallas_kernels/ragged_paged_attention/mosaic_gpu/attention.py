@@ -15,7 +15,7 @@ from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_gpu.kernel import att
 from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_gpu.merge import merge
 from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_gpu.tile import QUERY_TILE, Launch, heads_of
 from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_gpu.work import divide, share_out, tile_out
-from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_gpu.write import write
+from jaxserve.pallas_kernels.ragged_paged_attention.triton_write import write
 from jaxserve.pallas_kernels.ragged_paged_attention.variant import AttentionVariant
 
 _HOPPER = 9.0

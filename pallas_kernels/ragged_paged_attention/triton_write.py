@@ -32,9 +32,7 @@ def write(
         @pl.when(position_ref[token] >= 0)
         def _write():
             for which, source_ref in enumerate((k_ref, v_ref)):
-                value = plt.load(
-                    source_ref.at[token, pl.ds(0, rows), pl.ds(0, columns)], mask=mask, other=0.0
-                )
+                value = plt.load(source_ref.at[token, pl.ds(0, rows), pl.ds(0, columns)], mask=mask, other=0)
                 heads = (2 * jnp.arange(rows) + which)[:, None]
                 there = (page_ref[token], offset_ref[token], heads, jnp.arange(columns)[None, :])
                 plt.store(kv_ref.at[there], value.astype(kv_ref.dtype), mask=mask)
