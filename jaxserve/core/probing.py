@@ -16,7 +16,8 @@ import numpy.typing as npt
 from jaxserve.core.plan import StepPlan
 from jaxserve.request import Request
 
-_STRIDE = 4  # steps; a probe is a launch, and one for several rows costs what one for a single row does
+# Tokens of a row between two looks for who is due: a launch for several rows costs what one for a row does.
+_STRIDE = 4
 
 
 class Probe(NamedTuple):
@@ -92,7 +93,7 @@ class Probing[Handle]:
 
     def dispatched(self, plan: StepPlan, owner: Callable[[str], Request | None]) -> None:
         """Call when a step was dispatched; ``owner`` gives live requests by id."""
-        if plan.step % _STRIDE:
+        if plan.step % max(_STRIDE // plan.bucket.decode_steps, 1):
             return
         requests: list[Request] = []
         probes: list[Probe] = []

@@ -58,7 +58,13 @@ class Programs:
         for bucket, greedy in itertools.product(buckets, self.kinds):
             step = jax.jit(
                 make_step(
-                    module, bucket, placement, implementation, greedy=greedy, hidden_layers=hidden_layers
+                    module,
+                    bucket,
+                    placement,
+                    implementation,
+                    greedy=greedy,
+                    exits_early=not branches_on_host,
+                    hidden_layers=hidden_layers,
                 ),
                 donate_argnums=(1, 2),
                 out_shardings=(jax.tree.map(lambda array: array.sharding, caches), replicated, replicated),

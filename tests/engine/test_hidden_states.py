@@ -114,6 +114,7 @@ def read_shards(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         {"pipeline_depth": 2, "ordering": "sjf"},
         {"num_pages": 20, "max_model_len": 128},  # preemptions
         {"tensor_parallel_size": 2},
+        {"max_decode_steps": 4},
     ],
     ids=str,
 )
