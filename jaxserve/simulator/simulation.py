@@ -7,7 +7,7 @@ import dataclasses
 import gc
 import math
 import multiprocessing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from jaxserve.core.decision_log import DecisionLog
 from jaxserve.core.known_lengths import make_known_length_predictor
@@ -99,6 +99,7 @@ class SimulationResult:
             "e2e_mean_s": (sum(e2e) / len(e2e), "s"),
             "itl_p50_ms": (1e3 * weighted_percentile(self.gaps, 50), "ms"),
             "itl_p99_ms": (1e3 * weighted_percentile(self.gaps, 99), "ms"),
+            "wait_mean_s": (sum(waits) / len(waits), "s"),
             "wait_p99_s": (percentile(waits, 99), "s"),
             "wait_max_s": (max(waits), "s"),
             **self.counters,
@@ -148,14 +149,14 @@ def _simulate_some(
 ) -> SimulationResult:
     """The part of a simulation that happens on some of the engines."""
     lengths = {str(index): row.output_tokens for index, row in enumerate(trace)}
-    predictor = _make_predictor(options, lengths)
+    make_predictor = _predictors(options, lengths)
     instances = {
         engine: Instance(
             cluster.assembly,
             prior=cluster.prior,
             times=cluster.times,
             lengths=lengths,
-            predictor=predictor,
+            predictor=make_predictor(),
             pipeline_depth=options.pipeline_depth,
             learns=options.learns,
             host_s=options.host_s,
@@ -180,28 +181,33 @@ def _run(
     options: SimulationOptions,
     instances: dict[int, Instance],
 ) -> None:
-    router, everyone = ROUTERS[options.router](), list(instances.values())
-    is_blind = options.router == "round_robin"
-    for index, row in enumerate(trace):
-        if is_blind:
-            instance = instances.get(index % num_engines)
-            if instance is None:
-                continue  # another process has it
-            instance.run_until(row.arrival_s)
-        else:
-            for instance in everyone:
-                instance.run_until(row.arrival_s)
-            instance = everyone[router.choose(index, everyone)]
+    def send(instance: Instance, index: int) -> None:
+        row = trace[index]
+        instance.run_until(row.arrival_s)
         limit = row.output_tokens if options.forces_lengths else max(_MOST_OUTPUT, row.output_tokens)
         instance.add(make_request(index, row, limit))
+
+    if options.router == "round_robin":  # nobody looks at another: each runs to its end, in warm caches
+        for engine, instance in instances.items():
+            for index in range(engine, len(trace), num_engines):
+                send(instance, index)
+            instance.run_until(math.inf)
+        return
+    router, everyone = ROUTERS[options.router](), list(instances.values())
+    for index, row in enumerate(trace):
+        for instance in everyone:
+            instance.run_until(row.arrival_s)
+        send(everyone[router.choose(index, everyone)], index)
     for instance in everyone:
         instance.run_until(math.inf)
 
 
-def _make_predictor(options: SimulationOptions, lengths: dict[str, int]) -> LengthPredictor:
+def _predictors(options: SimulationOptions, lengths: dict[str, int]) -> Callable[[], LengthPredictor]:
+    """What makes an engine's predictor: one that learns is each engine's own."""
     if options.predictor == "mean":
-        return MeanLengthPredictor()
-    return make_known_length_predictor(options.predictor, lengths, sigma=options.sigma, seed=options.seed)
+        return MeanLengthPredictor
+    known = make_known_length_predictor(options.predictor, lengths, sigma=options.sigma, seed=options.seed)
+    return lambda: known
 
 
 def _result(instances: dict[int, Instance]) -> SimulationResult:
