@@ -58,7 +58,8 @@ class InstantExecutor:
         return batch.plan
 
     def collect(self, handle: StepPlan) -> StepResult:
-        return StepResult(self._rounds[handle.step % len(self._rounds)][: len(handle.rows)])
+        turns, rows = range(handle.step, handle.step + handle.num_decode_steps), len(handle.rows)
+        return StepResult([self._rounds[turn % len(self._rounds)][:rows] for turn in turns])
 
 
 class Part:

@@ -99,6 +99,10 @@ class SchedulerConfig:
     pipeline_depth: int = _option(
         1, "steps launched before their predecessor's result is read; 0 is synchronous"
     )
+    max_decode_steps: int = _option(
+        1,
+        "tokens of a row in one launch while nobody can be admitted; 1: never more; a page's tokens at most",
+    )
     batch_window_s: float = _option(0.05, "dynamic batching: seconds to wait for a batch to fill")
     max_queued_requests: int = _option(4096, "waiting requests beyond which new ones are refused")
     max_wait_s: float = _option(
@@ -237,6 +241,7 @@ def check(config: EngineConfig) -> None:
         ("max_num_seqs", scheduler.max_num_seqs),
         ("max_num_batched_tokens", scheduler.max_num_batched_tokens),
         ("max_queued_requests", scheduler.max_queued_requests),
+        ("max_decode_steps", scheduler.max_decode_steps),
         ("tensor_parallel_size", parallel.tensor_parallel_size),
     ):
         _require(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import cast
 
+from jaxserve.core.kv_cache_manager import KVCacheManager
 from jaxserve.core.plan import Admission, PageUpdate, StepRows
 from jaxserve.request import Request
 
@@ -20,6 +21,7 @@ class Draft:
         starts: of the rows.
         chunks: number of tokens, and whether it samples, of each row that is no decode.
         page_ends: requests whose next token is the first of a page.
+        loop_tokens: of each row, if the plan is a decode loop; else empty.
     """
 
     budget: int
@@ -32,6 +34,7 @@ class Draft:
     preempted_ids: list[str] = dataclasses.field(default_factory=list[str])
     num_tokens: int = 0
     page_ends: list[Request] = dataclasses.field(default_factory=list[Request])
+    loop_tokens: list[int] = dataclasses.field(default_factory=list[int])
 
     def plan_decodes(self, running: list[Request]) -> list[Request]:
         """One token for each request that lacks one; returns those that lack more: prompts in part computed.
@@ -56,6 +59,28 @@ class Draft:
         self.budget -= len(owners)
         return prefills
 
+    def lengthen_decodes(self, steps: list[int], kv: KVCacheManager) -> None:
+        """Makes a loop of a plan that only decodes: so many tokens a row, fewer where no page is left.
+
+        No row takes more than one page, as ``steps`` do not exceed the page size.
+        """
+        page_size = self.page_size
+        self.page_ends = []
+        for request, start, wanted in zip(self.owners, self.starts, steps, strict=True):
+            end, paged = start + wanted, len(request.page_ids) * page_size
+            if end > paged and kv.num_available > 0:
+                kv.grow(request, end)
+                column = len(request.page_ids) - 1
+                self.page_updates.append(PageUpdate(cast(int, request.slot), column, request.page_ids[-1]))
+            elif end > paged:
+                end = paged
+            self.loop_tokens.append(end - start)
+            request.num_computed_tokens = end
+            request.num_tokens = end + 1
+            if end % page_size == 0:
+                self.page_ends.append(request)
+        self.num_tokens = sum(self.loop_tokens)
+
     def plan_chunk(self, request: Request, num_tokens: int) -> None:
         """The next ``num_tokens`` of a prompt."""
         start = request.num_computed_tokens
@@ -79,7 +104,7 @@ class Draft:
             tuple([request.id for request in self.owners]),
             cast(tuple[int, ...], tuple([request.slot for request in self.owners])),
             tuple(self.starts),
-            (1,) * decodes + tuple([num_tokens for num_tokens, _ in self.chunks]),
+            tuple(self.loop_tokens) or (1,) * decodes + tuple([num_tokens for num_tokens, _ in self.chunks]),
             (True,) * decodes + tuple([samples for _, samples in self.chunks]),
         )
 

@@ -18,13 +18,14 @@ from typing import NamedTuple, cast
 from jaxserve.core.buckets import BucketLadder
 from jaxserve.core.decision_log import DecisionLog
 from jaxserve.core.draft import Draft
+from jaxserve.core.horizon import loop_steps
 from jaxserve.core.kv_cache_manager import KVCacheManager
 from jaxserve.core.observers import Observers
-from jaxserve.core.plan import Admission, PageUpdate, StepPlan, StepResult
+from jaxserve.core.plan import Admission, Bucket, PageUpdate, StepPlan, StepResult
 from jaxserve.core.policy import Explaining, Policies, Preempting, QueueView, RankingPrefills, StepView
 from jaxserve.core.prefix_cache import PrefixCacheStats
 from jaxserve.core.radix_tree import Match
-from jaxserve.core.updates import StepUpdates
+from jaxserve.core.updates import SchedulerStats, StepUpdates, finish_reason, live_rows
 from jaxserve.core.waiting_queue import WaitingQueue
 from jaxserve.errors import DuplicateRequestError, QueueFullError
 from jaxserve.request import FinishReason, Request, RequestStatus
@@ -37,19 +38,6 @@ class _InFlight(NamedTuple):
     plan: StepPlan
     owners: list[Request]
     num_finished: int  # of all requests, when it was planned
-
-
-class SchedulerStats(NamedTuple):
-    """A snapshot of the queues and pages."""
-
-    num_waiting: int
-    num_running: int
-    num_held: int
-    num_used_pages: int  # by running requests
-    num_cached_pages: int  # by the prefix cache alone
-    num_usable_pages: int
-    num_preemptions: int
-    num_finished: int
 
 
 class Scheduler:
@@ -189,18 +177,18 @@ class Scheduler:
             if self._preempting is not None and not self._free_slots:
                 self._make_room(self._preempting, now, draft)
         prefills = draft.plan_decodes(self._running)
+        num_decodes = len(draft.owners)
         if prefills or self._waiting:
             self._plan_prefills(prefills, now, draft)
+        if self._ladder.decode_steps > 1 and not prefills and len(draft.owners) == num_decodes:
+            self._look_ahead(draft)
         self._page_ends = draft.page_ends
-        num_rows = len(draft.owners)
-        if not num_rows:
+        if not draft.owners:
             return None
         plan = StepPlan(
             step=self._step,
             rows=draft.rows(),
-            bucket=self._ladder.choose(
-                draft.num_tokens, num_rows + len(self._held), is_decode=draft.num_tokens == num_rows
-            ),
+            bucket=self._bucket(draft),
             admissions=tuple(draft.admissions),
             page_updates=tuple(draft.page_updates),
             preempted_ids=tuple(draft.preempted_ids),
@@ -209,6 +197,21 @@ class Scheduler:
         self._step += 1
         self._in_flight.append(_InFlight(plan, draft.owners, self._num_finished))
         return plan
+
+    def _bucket(self, draft: Draft) -> Bucket:
+        num_rows, is_loop = len(draft.owners), bool(draft.loop_tokens)
+        if is_loop or draft.num_tokens == num_rows:
+            return self._ladder.choose_decode(num_rows + len(self._held), is_loop=is_loop)
+        return self._ladder.choose_mixed(draft.num_tokens)
+
+    def _look_ahead(self, draft: Draft) -> None:
+        """Lets a plan that only decodes make several tokens a row, if nobody can take a slot meanwhile."""
+        head = self._waiting.peek()
+        if head is not None and (self._preempting is not None or self._is_in_flight(head)):
+            return
+        steps = loop_steps(draft.owners, self._ladder.decode_steps, is_awaited=head is not None)
+        if steps is not None:
+            draft.lengthen_decodes(steps, self._kv)
 
     def _grow_decodes(self, now: float, draft: Draft) -> None:
         """Gives those that the last plan left at the end of a page another, a victim's if none is left."""
@@ -383,20 +386,32 @@ class Scheduler:
     def update(self, result: StepResult, now: float) -> StepUpdates:
         """Takes the result of the oldest step in flight; returns what changed."""
         step = self._in_flight.popleft()
-        updates = StepUpdates(step.owners, result.token_ids, result.logprobs)
-        for index in result.bad_rows:
-            self._fail_row(step, index, now, updates)
-        if self._num_finished != step.num_finished or not all(step.plan.rows.samples):
-            _keep_live(step, updates)
-        for request, token_id in zip(updates.requests, updates.token_ids, strict=True):
+        updates = StepUpdates(logprobs=result.logprobs)
+        for decode_step, token_ids in enumerate(result.token_ids):
+            for index in [row for bad_step, row in result.bad_rows if bad_step == decode_step]:
+                self._fail_row(step, index, now, updates)
+            self._take_tokens(step, decode_step, token_ids, now, updates)
+        self._release_batch(now)
+        return updates
+
+    def _take_tokens(
+        self, step: _InFlight, decode_step: int, token_ids: list[int], now: float, updates: StepUpdates
+    ) -> None:
+        """One token for each row that has one in a decode step, from 0."""
+        rows, requests = step.plan.rows, step.owners
+        if step.plan.is_loop or self._num_finished != step.num_finished or not all(rows.samples):
+            live = live_rows(rows, requests, decode_step)
+            requests, token_ids = list(compress(requests, live)), list(compress(token_ids, live))
+            if updates.logprobs is not None:
+                updates.logprobs = list(compress(updates.logprobs, live))
+        for request, token_id in zip(requests, token_ids, strict=True):
             output = request.output_token_ids
             output.append(token_id)
             if token_id in request.stop_token_ids or len(output) >= request.next_limit:
                 self._look_at(request, token_id, now, updates)
         if self._observers.want_tokens:
-            self._observers.generated(updates.requests, now)
-        self._release_batch(now)
-        return updates
+            self._observers.generated(requests, now)
+        updates.extend(requests, token_ids)
 
     def _fail_row(self, step: _InFlight, index: int, now: float, updates: StepUpdates) -> None:
         request = step.owners[index]
@@ -410,7 +425,7 @@ class Scheduler:
         if request.first_token_time is None:
             request.first_token_time = now
             request.note_limit()
-        reason = _finish_reason(request, token_id)
+        reason = finish_reason(request, token_id)
         if reason is None:
             if len(request.output_token_ids) > request.predicted_output_upper:
                 self._outgrown.append(request)
@@ -474,27 +489,6 @@ class Scheduler:
                 raise RuntimeError(f"waiting request {request.id} owns pages or a slot")
 
 
-def _keep_live(step: _InFlight, updates: StepUpdates) -> None:
-    """Leaves out rows that do not sample (chunks in mid-prompt), and those of requests that are finished."""
-    finished = RequestStatus.FINISHED
-    live = [
-        samples and request.status is not finished
-        for samples, request in zip(step.plan.rows.samples, step.owners, strict=True)
-    ]
-    updates.requests = list(compress(updates.requests, live))
-    updates.token_ids = list(compress(updates.token_ids, live))
-    if updates.logprobs is not None:
-        updates.logprobs = list(compress(updates.logprobs, live))
-
-
 def _may_decode(request: Request) -> bool:
     # Once the last permitted token is being sampled, another step would be thrown away for certain.
     return request.num_tokens < request.max_num_tokens
-
-
-def _finish_reason(request: Request, token_id: int) -> FinishReason | None:
-    if token_id in request.stop_token_ids and len(request.output_token_ids) > request.params.min_tokens:
-        return FinishReason.STOP
-    if len(request.output_token_ids) >= request.max_tokens:
-        return FinishReason.LENGTH
-    return None

@@ -162,14 +162,15 @@ class EngineCore[Handle]:
         stats.scheduled_tokens += num_tokens
         bucket.steps += 1
         bucket.tokens += num_tokens
-        bucket.padded_tokens += plan.bucket.tokens - num_tokens
+        bucket.padded_tokens += plan.num_padded_tokens
         # A step starts on the device when it was launched or when its predecessor was done.
         step_s = result.device_s or now - max(done.launched, self._last_collected)
         self._last_collected = now
         weight = max(_STEP_TIME_WEIGHT, 1.0 / bucket.steps)
         bucket.mean_step_s += weight * (step_s - bucket.mean_step_s)
-        if self._costs is not None:
-            self._costs.observe(plan.bucket, features_of(plan), step_s)
+        decode_steps = len(result.token_ids)
+        if self._costs is not None and decode_steps:  # none if all rows had stopped before
+            self._costs.observe(plan.bucket, features_of(plan), step_s / decode_steps)
         for request in updates.stopped:
             self._predictor.observe(request)
         for request in self._scheduler.take_outgrown():

@@ -10,8 +10,9 @@ they happened (``e`` is the kind, ``t`` seconds on the engine's clock):
 - ``pages``: request ``n`` ended; numbers of all the pages that it filled, those with its output included.
 - ``end``: a request was ended from outside (an abort, a stop string).
 - ``plan``: a step was planned; the plan's digest, or null if nothing could run.
-- ``done``: the oldest step's result was read; seconds it took on the device, requests that ended with a stop
-  token, rows that were bad.
+- ``done``: the oldest step's result was read; its seconds on the device, and how many decode steps it had.
+  ``stopped`` has the requests that ended with a stop token, and how many tokens of the step they got;
+  ``bad_rows`` the decode step and the row where logits were not finite.
 - ``predict``: a request had outgrown its prediction and got another.
 """
 
@@ -31,7 +32,7 @@ from jaxserve.core.updates import StepUpdates
 from jaxserve.errors import ConfigError
 from jaxserve.request import FinishReason, Request
 
-VERSION = 2
+VERSION = 3
 
 
 @final
@@ -79,9 +80,17 @@ class Recorder:
         self._write({"e": "plan", "t": now, "plan": None if plan is None else plan_digest(plan)})
 
     def collected(self, result: StepResult, updates: StepUpdates, now: float, step_s: float) -> None:
-        stopped = [request.id for request in updates.stopped]
-        bad = list(result.bad_rows)
-        self._write({"e": "done", "t": now, "step_s": step_s, "stopped": stopped, "bad_rows": bad})
+        stopped = {request.id: updates.requests.count(request) for request in updates.stopped}
+        self._write(
+            {
+                "e": "done",
+                "t": now,
+                "step_s": step_s,
+                "decode_steps": len(result.token_ids),
+                "stopped": stopped,
+                "bad_rows": result.bad_rows,
+            }
+        )
 
     def finished(self, request: Request) -> None:
         number = self._numbers.pop(request, None)

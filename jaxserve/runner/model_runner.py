@@ -22,14 +22,14 @@ from jaxserve.runner.programs import Programs
 from jaxserve.runner.resolve import ResolvedConfig
 from jaxserve.runner.sampler import Sampled, is_greedy
 from jaxserve.runner.slots import SlotState, admission_rows, empty_slots
-from jaxserve.runner.step import Caches
+from jaxserve.runner.step import NOT_FINITE, NOT_SAMPLED, Caches, StepOutput
 
 
 class StepHandle(NamedTuple):
     """A step on its way: device arrays that fill when it has run."""
 
     plan: StepPlan
-    sampled: Sampled
+    output: StepOutput
     logprob_counts: list[int] | None  # per row, -1 for none; None if no row wants any
 
 
@@ -104,41 +104,45 @@ class ModelRunner:
         if plan.admissions:
             self._admit(list(plan.admissions))
         greedy = all(self._is_greedy[slot] for slot in plan.rows.slots)
-        sampled = self._run(plan.bucket, batch.rows, batch.page_updates, greedy=greedy)
-        sampled.token_ids.copy_to_host_async()
-        if greedy:
-            return StepHandle(plan, sampled, None)
+        output = self._run(plan.bucket, batch.rows, batch.page_updates, greedy=greedy)
+        output.token_ids.copy_to_host_async()
+        sampled = output.sampled
+        if greedy or sampled is None:
+            return StepHandle(plan, output, None)
         counts = [
             self._logprob_counts[slot] if samples else -1
             for slot, samples in zip(plan.rows.slots, plan.rows.samples, strict=True)
         ]
         if max(counts) < 0:
-            return StepHandle(plan, sampled, None)
+            return StepHandle(plan, output, None)
         for array in (sampled.chosen_logprob, sampled.rank, sampled.top_ids, sampled.top_logprobs):
             array.copy_to_host_async()
-        return StepHandle(plan, sampled, counts)
+        return StepHandle(plan, output, counts)
 
     def collect(self, handle: StepHandle) -> StepResult:
         """Waits for a step and reads what it sampled."""
-        token_ids: list[int] = np.asarray(handle.sampled.token_ids)[: len(handle.plan.rows)].tolist()
-        bad_rows: tuple[int, ...] = ()
-        if token_ids and min(token_ids) < 0:
-            samples = handle.plan.rows.samples
-            bad_rows = tuple(i for i, token_id in enumerate(token_ids) if token_id < 0 and samples[i])
-        logprobs = (
-            None if handle.logprob_counts is None else _read_logprobs(handle.sampled, handle.logprob_counts)
-        )
-        return StepResult(token_ids, logprobs, bad_rows)
+        plan, output = handle.plan, handle.output
+        token_ids = np.asarray(output.token_ids)[:, : len(plan.rows)]
+        if plan.is_loop:
+            token_ids = token_ids[(token_ids != NOT_SAMPLED).any(axis=1)]  # the steps before it ended
+        bad_rows: tuple[tuple[int, int], ...] = ()
+        if (token_ids < 0).any():
+            bad = np.argwhere(token_ids == NOT_FINITE).tolist()
+            bad_rows = tuple((decode_step, row) for decode_step, row in bad)
+        logprobs = None
+        if output.sampled is not None and handle.logprob_counts is not None:
+            logprobs = _read_logprobs(output.sampled, handle.logprob_counts)
+        return StepResult(token_ids.tolist(), logprobs, bad_rows)
 
     def close(self) -> None:
         """Drops every reference to device memory."""
         del self._params, self._single_row_params, self._caches, self._slots, self._programs
 
-    def _run(self, bucket: Bucket, rows: Any, page_updates: Any, *, greedy: bool) -> Sampled:
-        self._caches, self._slots, sampled = self._programs.step(bucket, greedy=greedy)(
+    def _run(self, bucket: Bucket, rows: Any, page_updates: Any, *, greedy: bool) -> StepOutput:
+        self._caches, self._slots, output = self._programs.step(bucket, greedy=greedy)(
             self._params_of(bucket), self._caches, self._slots, rows, page_updates
         )
-        return sampled
+        return output
 
     def _params_of(self, bucket: Bucket) -> Params:
         return self._single_row_params if bucket.tokens == 1 else self._params

@@ -55,7 +55,14 @@ class Programs:
         self.kinds = (False, True) if branches_on_host else (False,)
         for bucket, greedy in itertools.product(buckets, self.kinds):
             step = jax.jit(
-                make_step(module, bucket, placement, implementation, greedy=greedy),
+                make_step(
+                    module,
+                    bucket,
+                    placement,
+                    implementation,
+                    greedy=greedy,
+                    exits_early=not branches_on_host,
+                ),
                 donate_argnums=(1, 2),
                 out_shardings=(jax.tree.map(lambda array: array.sharding, caches), replicated, replicated),
             )

@@ -361,6 +361,8 @@ def test_admission_prices_the_whole_prompt() -> None:
     ordering=st.sampled_from(sorted(ORDERINGS)),
     composition=st.sampled_from(sorted(COMPOSITIONS)),
     victim=st.sampled_from(["auto", *VICTIMS]),
+    max_decode_steps=st.integers(1, 4),
+    stops_rows=st.booleans(),
 )
 def test_random_traffic_keeps_every_invariant(
     seed: int,
@@ -372,6 +374,8 @@ def test_random_traffic_keeps_every_invariant(
     ordering: str,
     composition: str,
     victim: str,
+    max_decode_steps: int,
+    stops_rows: bool,
 ) -> None:
     """No page lost or doubled, budget kept (the fake executor checks), nobody starves, no token wrong."""
     rng = random.Random(seed)
@@ -379,6 +383,7 @@ def test_random_traffic_keeps_every_invariant(
     core, fake = make_core(
         num_slots=num_slots, num_pages=num_pages, pipeline_depth=depth, batching=batching, clock=clock,
         ordering=ordering, composition=composition, victim=victim, max_wait_s=0.3,
+        max_decode_steps=max_decode_steps, executor=FakeExecutor(num_slots, 4, stops_rows=stops_rows),
     )  # fmt: skip
     requests: list[Request] = []
     for index in range(30):

@@ -52,7 +52,10 @@ def make_core(
     assembly = Assembly(
         scheduler=SchedulerConfig(**scheduler),  # type: ignore[arg-type]
         ladder=BucketLadder(
-            default_decode_rows(num_slots, 1), default_mixed_tokens(token_budget, num_slots), num_slots
+            default_decode_rows(num_slots, 1),
+            default_mixed_tokens(token_budget, num_slots),
+            num_slots,
+            scheduler.get("max_decode_steps", 1),  # type: ignore[arg-type]
         ),
         num_slots=num_slots,
         num_pages=num_pages,
