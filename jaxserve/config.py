@@ -19,7 +19,8 @@ KVCacheDType = Literal["auto", "int8", "fp8"]
 Batching = Literal["continuous", "static", "dynamic"]
 Ordering = Literal["fcfs", "priority", "strict_priority", "sjf", "mlfq", "fair", "lpm", "dlpm", "spf"]
 Composition = Literal["chunked", "slo", "phase", "partition"]
-Victim = Literal["auto", "latest", "least_urgent", "most_remaining"]
+Capacity = Literal["watermark", "predicted"]
+Victim = Literal["auto", "latest", "least_urgent", "most_remaining", "value"]
 Attention = Literal["auto", "reference", "xla", "mosaic_gpu", "triton", "mosaic_tpu"]
 Device = Literal["auto", "cpu", "gpu", "tpu"]
 
@@ -79,6 +80,9 @@ class CacheConfig:
     watermark: float = _option(
         0.01, "share of the pages that admission leaves free for running requests to grow"
     )
+    host_kv_bytes: int = _option(
+        0, "bytes of host memory for KV pages of preempted requests; 0 computes their tokens again"
+    )
     enable_prefix_caching: bool = _option(
         True, "keep the pages of finished requests, and share them with requests that begin alike"
     )
@@ -93,6 +97,12 @@ class SchedulerConfig:
     )
     ordering: Ordering = _option("fcfs", "order of the waiting queue")
     composition: Composition = _option("chunked", "how much of a step goes to prompts")
+    capacity: Capacity = _option(
+        "watermark", "who may run: whoever fits now (watermark), or while the predicted peak fits (predicted)"
+    )
+    demand_quantile: float = _option(
+        0.75, "predicted: quantile of the page demand that must fit; more admits fewer"
+    )
     victim: Victim = _option("auto", "who gives up its pages when none is left; auto goes with the ordering")
     max_num_seqs: int | None = _option(None, "slots: requests that run at once")
     max_num_batched_tokens: int | None = _option(None, "token budget of one step; longer prompts are chunked")
@@ -213,6 +223,7 @@ def check(config: EngineConfig) -> None:
         ("batching", scheduler.batching, Batching),
         ("ordering", scheduler.ordering, Ordering),
         ("composition", scheduler.composition, Composition),
+        ("capacity", scheduler.capacity, Capacity),
         ("victim", scheduler.victim, Victim),
         ("attention", runner.attention, Attention),
         ("device", runner.device, Device),
@@ -247,6 +258,17 @@ def check(config: EngineConfig) -> None:
         )
     for name, share in (("memory_fraction", cache.memory_fraction), ("watermark", cache.watermark)):
         _require(_is_number(share) and 0.0 <= share <= 1.0, name, share, "must be a number in [0, 1]")
+    host_bytes = cache.host_kv_bytes
+    _require(
+        _is_int(host_bytes) and 0 <= host_bytes < 2**50, "host_kv_bytes", host_bytes, "must be in [0, 2**50)"
+    )
+    quantile = scheduler.demand_quantile
+    _require(
+        _is_number(quantile) and 0.0 < quantile < 1.0,
+        "demand_quantile",
+        quantile,
+        "must be a number in (0, 1)",
+    )
     _require(
         isinstance(cache.enable_prefix_caching, bool),
         "enable_prefix_caching",

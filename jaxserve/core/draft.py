@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from typing import Final, cast
 
-from jaxserve.core.plan import Admission, PageUpdate, ScheduledRow
+from jaxserve.core.plan import Admission, Bucket, PageCopy, PageUpdate, ScheduledRow, StepPlan
 from jaxserve.request import Request
 
 # A third of the time of the named constructor, in a loop that runs for every token.
@@ -31,6 +31,9 @@ class Draft:
     admissions: list[Admission] = dataclasses.field(default_factory=list[Admission])
     page_updates: list[PageUpdate] = dataclasses.field(default_factory=list[PageUpdate])
     preempted_ids: list[str] = dataclasses.field(default_factory=list[str])
+    saves: list[PageCopy] = dataclasses.field(default_factory=list[PageCopy])
+    loads: list[PageCopy] = dataclasses.field(default_factory=list[PageCopy])
+    landings: list[int] = dataclasses.field(default_factory=list[int])
     num_tokens: int = 0
     page_ends: list[Request] = dataclasses.field(default_factory=list[Request])
 
@@ -72,6 +75,36 @@ class Draft:
             if end % self.page_size == 0:
                 self.page_ends.append(request)
 
+    def admit(self, request: Request) -> None:
+        """Tells the device all about a request that has a slot and pages."""
+        self.admissions.append(
+            Admission(
+                request_id=request.id,
+                slot=cast(int, request.slot),
+                token_ids=tuple(request.known_token_ids()),
+                page_ids=tuple(request.page_ids),
+                num_prompt_tokens=request.num_prompt_tokens,
+                params=request.params,
+                seed=request.seed,
+                stop_token_ids=tuple(sorted(request.stop_token_ids)),
+            )
+        )
+
     def drop_pages(self, request: Request) -> None:
         """Forgets the entries of a request that loses its slot."""
         self.page_updates = [update for update in self.page_updates if update.slot != request.slot]
+
+    def finish(self, step: int, bucket: Bucket, num_held_slots: int) -> StepPlan:
+        """The plan, frozen."""
+        return StepPlan(
+            step=step,
+            rows=tuple(self.rows),
+            bucket=bucket,
+            admissions=tuple(self.admissions),
+            page_updates=tuple(self.page_updates),
+            preempted_ids=tuple(self.preempted_ids),
+            saves=tuple(self.saves),
+            loads=tuple(self.loads),
+            landings=tuple(self.landings),
+            num_held_slots=num_held_slots,
+        )

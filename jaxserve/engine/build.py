@@ -24,6 +24,7 @@ from jaxserve.core.batch import Executor, StepBatch
 from jaxserve.core.cost_model import CostModel, StepCost, UnknownDevice
 from jaxserve.core.plan import StepPlan
 from jaxserve.core.predictor import LengthPredictor, MeanLengthPredictor
+from jaxserve.core.resume_costs import NO_HOST, HostTier
 from jaxserve.core.roofline import ModelShape, Roofline, known_device
 from jaxserve.engine.engine_core import EngineCore
 from jaxserve.engine.input_processor import InputProcessor
@@ -82,6 +83,7 @@ class Engine:
         return {
             **core.scheduler.stats()._asdict(),
             "prefix_cache": None if prefix_cache is None else prefix_cache.to_json(),
+            "swap": core.scheduler.swap_stats()._asdict(),
             "num_steps": core.stats.steps,
             "num_output_tokens": core.stats.output_tokens,
             "finished": dict(core.stats.finished),
@@ -124,7 +126,9 @@ def build_engine(config: EngineConfig, *, progress: bool = True) -> Engine:
         resolved, runner = make_runner(config, model, progress=progress)
         opened.callback(runner.close)
         prior = device_prior(model, resolved)
-        core = make_core(config, resolved, runner, runner.prepare, prior=prior, journals=journals)
+        core = make_core(
+            config, resolved, runner, runner.prepare, prior=prior, journals=journals, host=runner.host_tier
+        )
         engine = make_engine(config, model, resolved, runner, core, on_close=opened.close)
         on_failure.pop_all()
     return engine
@@ -206,6 +210,7 @@ def make_core[Handle](
     prior: StepCost | None = None,
     predictor: LengthPredictor | None = None,
     journals: Journals | None = None,
+    host: HostTier = NO_HOST,
 ) -> EngineCore[Handle]:
     """The step loop's parts, wired for production: the wall clock and a real executor.
 
@@ -215,6 +220,7 @@ def make_core[Handle](
         prior: of the cost model; by default nothing is known of the device until it has run.
         predictor: of output lengths; by default the mean of those that finished.
         journals: files to write.
+        host: memory that the executor can copy pages to.
     """
     assembly = Assembly(
         scheduler=config.scheduler,
@@ -225,6 +231,7 @@ def make_core[Handle](
         watermark_pages=resolved.watermark_pages,
         max_queued_requests=config.scheduler.max_queued_requests + resolved.num_slots,
         prefix_caching=config.cache.enable_prefix_caching,
+        host=host,
     )
     prior, depth = prior or UnknownDevice(), config.scheduler.pipeline_depth
     costs = CostModel(prior)

@@ -11,7 +11,7 @@ they happened (``e`` is the kind, ``t`` seconds on the engine's clock):
 - ``end``: a request was ended from outside (an abort, a stop string).
 - ``plan``: a step was planned; the plan's digest, or null if nothing could run.
 - ``done``: the oldest step's result was read; seconds it took on the device, requests that ended with a stop
-  token, rows that were bad.
+  token, rows that were bad, loads from the host that had arrived.
 - ``predict``: a request had outgrown its prediction and got another.
 """
 
@@ -31,7 +31,7 @@ from jaxserve.core.scheduler import RequestUpdate
 from jaxserve.errors import ConfigError
 from jaxserve.request import FinishReason, Request
 
-VERSION = 2
+VERSION = 3
 
 
 @final
@@ -83,7 +83,16 @@ class Recorder:
     ) -> None:
         stopped = [u.request.id for u in updates if u.request.finish_reason is FinishReason.STOP]
         bad = list(result.bad_rows)
-        self._write({"e": "done", "t": now, "step_s": step_s, "stopped": stopped, "bad_rows": bad})
+        self._write(
+            {
+                "e": "done",
+                "t": now,
+                "step_s": step_s,
+                "stopped": stopped,
+                "bad_rows": bad,
+                "arrived": list(result.arrived),
+            }
+        )
 
     def finished(self, request: Request) -> None:
         number = self._numbers.pop(request, None)

@@ -77,7 +77,12 @@ class _RecordedExecutor:
             else self._contents[row.request_id].at(row.start + row.num_tokens)
             for row in handle.rows
         ]
-        return StepResult(token_ids, bad_rows=tuple(record["bad_rows"]), device_s=record["step_s"])
+        return StepResult(
+            token_ids,
+            bad_rows=tuple(record["bad_rows"]),
+            arrived=tuple(record["arrived"]),
+            device_s=record["step_s"],
+        )
 
 
 def replay(records: Sequence[Mapping[str, Any]]) -> Replay:

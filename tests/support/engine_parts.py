@@ -14,6 +14,7 @@ from jaxserve.core.buckets import BucketLadder, default_decode_rows, default_mix
 from jaxserve.core.cost_model import CostModel, UnknownDevice
 from jaxserve.core.decision_log import DecisionLog
 from jaxserve.core.predictor import LengthPredictor, MeanLengthPredictor
+from jaxserve.core.resume_costs import NO_HOST, HostTier
 from jaxserve.engine.engine_core import EngineCore
 from jaxserve.engine.recording import Recorder
 from jaxserve.request import Request, SamplingParams
@@ -40,6 +41,7 @@ def make_core(
     watermark_pages: int = 1,
     max_queued_requests: int = 100_000,
     prefix_caching: bool = True,
+    host: HostTier = NO_HOST,
     clock: Callable[[], float] | None = None,
     executor: Any = None,
     predictor: LengthPredictor | None = None,
@@ -60,6 +62,7 @@ def make_core(
         watermark_pages=watermark_pages,
         max_queued_requests=max_queued_requests,
         prefix_caching=prefix_caching,
+        host=host,
     )
     costs = CostModel(UnknownDevice())
     core = EngineCore(
