@@ -22,7 +22,7 @@ from jaxserve.models.sharding import Placement
 from jaxserve.pallas_kernels.layout import gather_pages, scatter_pages
 from jaxserve.runner.step import Caches
 
-# Blocks on their way to the host that may take device memory at once; beyond them a save waits for the oldest.
+# Blocks on their way to the host that may take device memory at once; then a save waits for the oldest.
 _MOST_SAVING = 16
 _PINNED = "pinned_host"
 
@@ -104,7 +104,7 @@ class PageSwapper:
         return list(ids.reshape(len(copy.blocks), self._block_pages))
 
     def _measure(self, caches: Caches) -> float:
-        """Bytes per second of a copy to the host, or back if that is slower: the better of two rounds each."""
+        """Bytes per second of a copy to the host, or back if that is slower: the best of three rounds."""
         block = jax.block_until_ready(self._gather(caches, np.zeros(self._block_pages, np.int32)))
         num_bytes = sum(array.nbytes for array in jax.tree.leaves(block))
         seconds: list[float] = []

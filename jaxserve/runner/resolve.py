@@ -103,8 +103,8 @@ def resolve(config: EngineConfig, platform: Platform, model: DecoderConfig, mesh
     host_blocks = config.cache.host_kv_bytes // (block_pages * all_bytes)
     if config.cache.host_kv_bytes and not host_blocks:
         raise ConfigError(
-            f"host_kv_bytes={config.cache.host_kv_bytes}: must be 0, or at least the {block_pages * all_bytes} "
-            f"bytes of a block of {block_pages} pages"
+            f"host_kv_bytes={config.cache.host_kv_bytes}: must be 0, or at least "
+            f"{block_pages * all_bytes}, a block of {block_pages} pages"
         )
     resolved = ResolvedConfig(
         dtype=dtype,

@@ -1,4 +1,4 @@
-"""The host tier: copies by hand, every invariant under random traffic, and tokens that stay what they were."""
+"""The host tier: copies by hand, invariants under random traffic, and tokens that stay what they were."""
 
 from __future__ import annotations
 
@@ -156,9 +156,9 @@ def test_random_traffic_leaks_nothing(
     rng, clock = random.Random(seed), ManualClock()
     fake = FakeExecutor(4, 4, load_steps=load_steps)
     core, _ = make_core(
-        num_slots=4, num_pages=20, watermark_pages=0, pipeline_depth=depth, prefix_caching=caches, clock=clock,
-        executor=fake, host=HostTier(blocks, 2, 1000, 1e12), victim=victim, capacity=capacity, ordering=ordering,
-        max_wait_s=0.2,
+        num_slots=4, num_pages=20, watermark_pages=0, pipeline_depth=depth, prefix_caching=caches,
+        clock=clock, executor=fake, host=HostTier(blocks, 2, 1000, 1e12), victim=victim, capacity=capacity,
+        ordering=ordering, max_wait_s=0.2,
     )  # fmt: skip
     requests: list[Request] = []
     for index in range(20):

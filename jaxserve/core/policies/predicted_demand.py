@@ -1,9 +1,9 @@
 """Capacity ``predicted``: a request may run if the predicted peak of the pages of all who run fits.
 
-After MC-SF (arXiv 2502.07115), which asks at every predicted end whether those who still run then will fit.
-Here lengths are distributions. At a time ``t`` steps from now request j still runs with probability p_j(t),
-and then holds n_j(t) pages. Demand at that time has the mean sum(p n) and the variance sum(p (1 - p) n^2), for
-lengths that are independent; its quantile must fit at every t. With lengths that are known this is MC-SF.
+After MC-SF (arXiv 2502.07115): at every predicted end, those who still run then must fit. Here lengths are
+distributions. At a time ``t`` steps from now request j still runs with probability p_j(t), and then holds
+n_j(t) pages. Demand at that time has the mean sum(p n) and the variance sum(p (1 - p) n^2), for lengths that
+are independent; its quantile must fit at every t. With lengths that are known this is MC-SF.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ from typing import Final, final
 import numpy as np
 import numpy.typing as npt
 
-from jaxserve.core.policy import PagesView
+from jaxserve.core.policy import PagesView, PolicyContext
 from jaxserve.request import Request, RequestStatus
 
 _NORMAL: Final = NormalDist()
 _UPPER_Z: Final = _NORMAL.inv_cdf(0.9)  # of `Request.predicted_output_upper`
-_LEAST_SIGMA = 1e-3
+_LEAST_SIGMA = 1e-6
 _FARTHEST_Z = 5.0
-_Z: Final = np.linspace(-_FARTHEST_Z, _FARTHEST_Z, 1001)
-_SURVIVAL: Final = np.array([1.0 - _NORMAL.cdf(z) for z in _Z])
-_MOST_TIMES = 32
+_Z: Final = np.linspace(-_FARTHEST_Z, _FARTHEST_Z, 4001)
+# Certain at both ends, so that what is known is exact.
+_SURVIVAL: Final = np.array([1.0, *(1.0 - _NORMAL.cdf(z) for z in _Z[1:-1]), 0.0])
+_MOST_TIMES = 64
 # A refusal holds until somebody leaves or joins; predictions may change meanwhile.
 _REFUSED_ASKS = 16
 _MARGIN_STEP = 0.005
@@ -45,16 +46,23 @@ class PredictedDemand:
     Args:
         page_size: tokens of a KV page.
         quantile: of the demand that must fit; more admits fewer.
+        lag: steps after a request's last in which it still holds its pages: the pipeline's depth.
         target: share of the requests that may be preempted.
     """
 
-    def __init__(self, page_size: int, quantile: float, target: float = 0.02) -> None:
+    def __init__(self, page_size: int, quantile: float, lag: int = 0, target: float = 0.02) -> None:
         self._page_size = page_size
         self._z = _NORMAL.inv_cdf(quantile)
+        self._lag = lag
         self._target = target
         self.margin = 0.0
         self._refused: Request | None = None
         self._asks = 0
+
+    @classmethod
+    def from_context(cls, context: PolicyContext) -> PredictedDemand:
+        config = context.config
+        return cls(context.page_size, config.demand_quantile, config.pipeline_depth)
 
     def has_room(self, view: PagesView, request: Request, num_pages: int) -> bool:
         if num_pages > view.num_available:
@@ -64,7 +72,8 @@ class PredictedDemand:
         if request is self._refused and self._asks < _REFUSED_ASKS:
             self._asks += 1
             return False
-        capacity = (1.0 - self.margin) * view.num_usable
+        # The watermark is for what times are off by: prompts not computed yet, ends learnt a step late.
+        capacity = (1.0 - self.margin) * view.num_usable - view.watermark_pages
         fits = self.peak(view, request, num_pages) <= capacity
         self._refused, self._asks = (None if fits else request), 0
         return fits
@@ -77,12 +86,13 @@ class PredictedDemand:
         context = np.array([r.num_tokens for r in requests], np.float64)
         held = np.array([len(r.page_ids) for r in view.running] + [num_pages], np.float64)
         remaining = np.maximum(np.ceil(median - generated), 1.0)
-        times = _times(remaining)[:, None]
+        ends = _times(remaining)[:, None]
+        times = ends + self._lag
         # Requests share pages of prefixes, and more than the running hold some: neither is in the tables.
         other = view.num_used - float(held[:-1].sum())
         before = _survival((generated + 0.5) / median, sigma)
-        alive = _survival((generated + times - 0.5) / median, sigma) / np.maximum(before, 1e-6)
-        alive = np.where(generated + times <= most, np.minimum(alive, 1.0), 0.0)
+        alive = _survival((generated + ends - 0.5) / median, sigma) / np.maximum(before, 1e-6)
+        alive = np.where(generated + ends <= most, np.minimum(alive, 1.0), 0.0)
         # What is held now and shared counts once, so tables are compared with tables.
         tables = np.ceil((context + times) / self._page_size)
         tables[:, -1] -= math.ceil(context[-1] / self._page_size) - num_pages
@@ -119,7 +129,9 @@ def _length(request: Request) -> tuple[float, float, float, float]:
 
 def _survival(ratio: Float64Array, sigma: Float64Array) -> Float64Array:
     """Probability that a length, log-normal around 1, is more than a ratio."""
-    return np.interp(np.log(np.maximum(ratio, 1e-9)) / sigma, _Z, _SURVIVAL)
+    z = np.log(np.maximum(ratio, 1e-9)) / sigma
+    nearest = np.clip(z, -_FARTHEST_Z, _FARTHEST_Z) * (len(_Z) // 2 / _FARTHEST_Z) + len(_Z) // 2 + 0.5
+    return _SURVIVAL[nearest.astype(np.intp)]
 
 
 def _times(remaining: Float64Array) -> Float64Array:

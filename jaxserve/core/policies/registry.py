@@ -55,7 +55,7 @@ ADMISSIONS: dict[str, Callable[[PolicyContext], AdmissionPolicy]] = {
 }
 CAPACITIES: dict[str, Callable[[PolicyContext], CapacityPolicy]] = {
     "watermark": lambda context: Watermark(),
-    "predicted": lambda context: PredictedDemand(context.page_size, context.config.demand_quantile),
+    "predicted": PredictedDemand.from_context,
 }
 COMPOSITIONS: dict[str, Callable[[PolicyContext], CompositionPolicy]] = {
     "chunked": lambda context: ChunkedPrefill(),
