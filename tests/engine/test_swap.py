@@ -109,8 +109,12 @@ def test_tokens_are_the_same_at_every_depth(checkpoint: Path, dtype: str, tmp_pa
     assert any(plan.landings for plan in again.plans)
 
 
+def pressed(host_kv_bytes: int) -> dict[str, Any]:
+    return {**PRESSED, "host_kv_bytes": host_kv_bytes}
+
+
 def test_too_little_host_memory_is_an_error(checkpoint: Path) -> None:
     with pytest.raises(ConfigError, match=r"host_kv_bytes=10: must be 0, or at least"):
-        LLM(str(checkpoint), **PRESSED | {"host_kv_bytes": 10})
+        LLM(str(checkpoint), **pressed(10))
     with pytest.raises(ConfigError, match=r"host_kv_bytes=-1: must be in"):
-        LLM(str(checkpoint), **PRESSED | {"host_kv_bytes": -1})
+        LLM(str(checkpoint), **pressed(-1))
