@@ -41,7 +41,9 @@ class Recorder:
 
     def collect(self, handle: StepHandle) -> StepResult:
         result = self._runner.collect(handle)
-        self.token_times.append((time.monotonic(), sum(row.samples for row in handle.plan.rows)))
+        for decode_step in range(len(result.token_ids)):
+            rows = sum(row.samples and row.num_tokens > decode_step for row in handle.plan.rows)
+            self.token_times.append((time.monotonic(), rows))
         return result
 
 

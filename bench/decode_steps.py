@@ -4,7 +4,8 @@
 
 A batch of equal prompts is served at once. ``ms_per_step`` (cases ``SHAPE-bN``) is the median over the decode
 steps in which all of them ran, by the engine's own clock from one step's result to the next: it is what a
-reader of a stream sees, host work included.
+reader of a stream sees, host work included. With ``--max-decode-steps K`` (cases ``SHAPE-bN-kK``) K tokens of
+a row come with one result, and each step is charged with its share of the time.
 """
 
 from __future__ import annotations
@@ -36,17 +37,19 @@ def measure(
         items = [Item(prompts.exactly(args.context), args.steps) for _ in range(batch)]
         served = engine.serve(Workload(f"b{batch}", items))
         steps = [
-            seconds
+            (bucket.decode_steps, seconds)
             for bucket, features, seconds in samples_of(served.records)
             if bucket.is_decode and features.sequences == batch
         ]
-        if len(steps) < args.steps // 4:
+        num_steps, loop = sum(count for count, _ in steps), engine.resolved.ladder.decode_steps
+        if num_steps < args.steps // 4:
             raise RuntimeError(
-                f"batch {batch}: only {len(steps)} steps had all of it; more --steps are needed"
+                f"batch {batch}: only {num_steps} steps had all of it; more --steps are needed"
             )
+        seconds = statistics.median([each for count, each in steps for _ in range(count)])
         results.add(
-            f"{name}-b{batch}", "ms_per_step", 1e3 * statistics.median(steps), "ms",
-            steps=len(steps), context=args.context, new_tokens=args.steps,
+            f"{name}-b{batch}" + (f"-k{loop}" if loop > 1 else ""), "ms_per_step", 1e3 * seconds, "ms",
+            steps=num_steps, context=args.context, new_tokens=args.steps,
         )  # fmt: skip
 
 

@@ -36,7 +36,6 @@ from jaxserve.core.buckets import BucketLadder, default_decode_rows, default_mix
 from jaxserve.core.cost_model import CostModel, UnknownDevice
 from jaxserve.core.plan import StepPlan, StepResult
 from jaxserve.core.predictor import MeanLengthPredictor
-from jaxserve.core.scheduler import RequestUpdate
 from jaxserve.engine.engine_core import EngineCore
 from jaxserve.engine.input_processor import RequestGroup
 from jaxserve.engine.output_processor import OutputProcessor
@@ -59,7 +58,8 @@ class InstantExecutor:
         return batch.plan
 
     def collect(self, handle: StepPlan) -> StepResult:
-        return StepResult(self._rounds[handle.step % len(self._rounds)][: len(handle.rows)])
+        turns, rows = range(handle.step, handle.step + handle.num_decode_steps), len(handle.rows)
+        return StepResult([self._rounds[turn % len(self._rounds)][:rows] for turn in turns])
 
 
 class Part:
@@ -166,7 +166,7 @@ def measure(running: int, steps: int, page_size: int, pipeline_depth: int) -> di
     core = bench.make_core(timed_parts=True)
     output_s = 0.0
     for _ in range(steps):
-        updates: list[RequestUpdate] = core.step()
+        updates = core.step()
         start = _CLOCK()
         outputs = bench.outputs.process(updates)
         output_s += _CLOCK() - start

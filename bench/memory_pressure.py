@@ -37,8 +37,8 @@ from jaxserve.core.assembly import assemble
 from jaxserve.core.cost_model import CostModel
 from jaxserve.core.known_lengths import make_known_length_predictor
 from jaxserve.core.plan import StepPlan
-from jaxserve.core.scheduler_stats import SchedulerStats
 from jaxserve.core.swap import SwapStats
+from jaxserve.core.updates import SchedulerStats
 from jaxserve.engine.engine_core import EngineCore
 from jaxserve.errors import ConfigError
 from jaxserve.request import Request
@@ -142,7 +142,7 @@ def serve(trace: Sequence[TraceRequest], cluster: Cluster, case: Case, sigma: fl
         while waiting and waiting[-1].arrival_time <= clock.now:
             core.add(waiting.pop())
         before = executor.num_dispatched, core.stats.steps
-        finished += [update.request for update in core.step() if update.finished]
+        finished += core.step().ended
         if steps:
             meter.add(steps[-1].end - steps[-1].start, steps[-1].plan, scheduler.stats())
             steps.clear()

@@ -7,11 +7,13 @@ is in each record. Parts:
 
 - ``saturation``: orderings on the Azure conversation trace at loads from half to all of what the engine can
   serve (its throughput with everything there at once); noisy, perfect, shuffled and constant predictions.
+  ``wait_share`` is what of the mean E2E under `fcfs` is waiting for a slot: no order can gain more than that
+  at the same step times.
 - ``bursts``: chats that decode while long prompts come in bursts: compositions, and no chunking at all.
 - ``fairness``: two clients that always wait, one asking for ten times as much.
 - ``starvation``: a long request among short ones that come faster than they can be served.
-- ``ladder``: static, dynamic, iteration level, pages, chunks, searched chunks, predicted order; several
-  workloads, 32 and 256 slots.
+- ``ladder``: static, dynamic, iteration level, pages, chunks, prefix cache, searched chunks, predicted order,
+  fused attention (`pod_times.py`); several workloads, 32 and 256 slots.
 - ``decisions``: CPU milliseconds of one decision at 256 running and 10,000 waiting requests.
 - ``scale``: seconds to simulate 100,000 requests on eight engines.
 - ``sweep``: policies by load on the real engine, beside the simulator (`load_sweep.py`); only if named.
@@ -29,7 +31,8 @@ from pathlib import Path
 from typing import Any
 
 from bench import load_sweep
-from bench.results import Results, add_output_flag, float_list, host_device, jax_device
+from bench.pod_times import with_pod
+from bench.results import Results, add_output_flag, float_list, host_device, int_list, jax_device
 from bench.shapes import add_shape_flag
 from bench.sim_vs_real import POLICIES
 from bench.workloads import find_traces, synthetic_trace
@@ -48,18 +51,28 @@ SWEEP = "sweep"
 _PAGE, _RESERVED = 16, 8192  # tokens of a KV page; without paging, of a request's place
 _REQUESTS, _SWEEP_REQUESTS = 4000, 150
 _SET_HERE = frozenset({"ordering", "max_wait_s", "seed"})
-CONVERSATION, CODE, SUMMARIES = "azure2023_conv", "azure2023_code", "arxiv_summarization_lengths"
+CONVERSATION, CODE, PREFIXES = "azure2023_conv", "azure2023_code", "mooncake_conversation"
 SHOWN = (
     "output_tok_s", "ttft_mean_s", "ttft_p50_s", "ttft_p99_s", "ttft_max_s", "itl_p50_ms", "itl_p99_ms",
-    "e2e_mean_s", "e2e_p50_s", "e2e_p99_s", "wait_max_s", "preemptions",
+    "e2e_mean_s", "e2e_p50_s", "e2e_p99_s", "wait_mean_s", "wait_max_s", "preemptions",
 )  # fmt: skip
 
 
 class Bench:
     """Simulates on one machine, and emits what comes out."""
 
-    def __init__(self, results: Results, traces: Path | None, requests: int, seed: int) -> None:
+    def __init__(
+        self,
+        results: Results,
+        cluster: str,
+        traces: Path | None,
+        requests: int,
+        slots: Sequence[int],
+        seed: int,
+    ) -> None:
         self._results = results
+        self.slots = slots
+        self._cluster = cluster
         self._traces = traces
         self.requests = requests
         self.seed = seed
@@ -72,6 +85,14 @@ class Bench:
         drawn = synthetic_trace(self.requests, self.seed)
         return f"{CONVERSATION}-synthetic", drawn
 
+    def prefixes(self, most: int) -> list[TraceRequest]:
+        """Conversations whose prompts begin alike, of 16,384 tokens at most; none without the file."""
+        path = None if self._traces is None else self._traces / f"{PREFIXES}.jsonl.gz"
+        if path is None or not path.is_file():
+            return []
+        fitting = [row for row in read_trace(path) if row.prompt_tokens + row.output_tokens <= 16384]
+        return fitting[:most]
+
     def run(
         self,
         trace: Sequence[TraceRequest],
@@ -79,14 +100,24 @@ class Bench:
         predictor: str = "mean",
         noise_seed: int = 0,
         page_size: int = _PAGE,
+        shares_prefixes: bool = True,
+        fuses_attention: bool = False,
         **scheduler: Any,
     ) -> tuple[Cluster, SimulationResult]:
-        """Runs a trace on one H100 with 8B shapes; ``scheduler`` are fields of `SchedulerConfig`."""
+        """Runs a trace with 8B shapes; ``scheduler`` are fields of `SchedulerConfig`."""
         slots, budget = scheduler.get("max_num_seqs", 256), scheduler.get("max_num_batched_tokens", 2048)
         buckets = tuple(n for n in (*BUCKETS, 4096, 8192, 16384) if slots < n <= budget)
         cluster = make_cluster(
-            ClusterConfig(token_buckets=buckets, page_size=page_size), SchedulerConfig(**scheduler)
+            ClusterConfig(
+                cluster=self._cluster,
+                token_buckets=buckets,
+                page_size=page_size,
+                enable_prefix_caching=shares_prefixes,
+            ),
+            SchedulerConfig(**scheduler),
         )
+        if fuses_attention:
+            cluster = with_pod(cluster)
         options = SimulationOptions(predictor=predictor, seed=noise_seed, pipeline_depth=1)
         return cluster, simulate(trace, cluster, options)
 
@@ -128,7 +159,8 @@ def saturation(bench: Bench) -> None:
         "priority": ("mean", {"ordering": "priority"}),
     }
     name, trace = bench.trace(CONVERSATION)
-    for slots, loads in ((16, (0.5, 0.8, 0.94, 1.0)), (64, (0.94, 1.0))):
+    for slots in bench.slots:
+        loads = (0.94, 1.0) if slots >= 64 else (0.5, 0.8, 0.94, 1.0)
         full = saturation_rate(bench, trace, max_num_seqs=slots)
         bench.add("fcfs", "saturation_rate", full, "requests/s", workload=name, slots=slots)
         for load in loads:
@@ -136,6 +168,9 @@ def saturation(bench: Bench) -> None:
             cluster, base = bench.run(arriving, max_num_seqs=slots)
             where = {"workload": name, "load": load, "slots": slots}
             bench.emit("fcfs", cluster, base, None, **where)
+            own = base.metrics()
+            wait_share = own["wait_mean_s"][0] / own["e2e_mean_s"][0]
+            bench.add("fcfs", "wait_share", wait_share, "share", machine=cluster.label, **where)
             for case, (predictor, options) in policies.items():
                 for noise_seed in range(2 if predictor == "noisy" else 1):
                     cluster, result = bench.run(
@@ -241,26 +276,28 @@ def ladder(bench: Bench) -> None:
     """
     whole = {"max_num_batched_tokens": 16384}
     searched = {"composition": "slo", "tpot_slo_s": 0.04}
-    rungs: list[tuple[str, str, int, dict[str, Any]]] = [
-        ("static", "mean", _RESERVED, {"batching": "static", **whole}),
-        ("dynamic", "mean", _RESERVED, {"batching": "dynamic", **whole}),
-        ("iteration-level", "mean", _RESERVED, whole),
-        ("paged", "mean", _PAGE, whole),
-        ("chunked", "mean", _PAGE, {}),
-        ("searched-chunks", "mean", _PAGE, searched),
-        ("sjf-mean-length", "mean", _PAGE, {**searched, "ordering": "sjf"}),
-        ("sjf-noisy", "noisy", _PAGE, {**searched, "ordering": "sjf"}),
-        ("sjf-oracle", "oracle", _PAGE, {**searched, "ordering": "sjf"}),
+    reserved = {"page_size": _RESERVED, "shares_prefixes": False, **whole}
+    sjf = {**searched, "ordering": "sjf"}
+    rungs: list[tuple[str, str, dict[str, Any]]] = [
+        ("static", "mean", {"batching": "static", **reserved}),
+        ("dynamic", "mean", {"batching": "dynamic", **reserved}),
+        ("iteration-level", "mean", reserved),
+        ("paged", "mean", {"shares_prefixes": False, **whole}),
+        ("chunked", "mean", {"shares_prefixes": False}),
+        ("prefix-cache", "mean", {}),
+        ("searched-chunks", "mean", searched),
+        ("sjf-mean-length", "mean", sjf),
+        ("sjf-noisy", "noisy", sjf),
+        ("sjf-oracle", "oracle", sjf),
+        ("fused-attention", "oracle", {**sjf, "fuses_attention": True}),
     ]
     for (name, trace), slots in itertools.product(_workloads(bench), (32, 256)):
         full = saturation_rate(bench, trace, max_num_seqs=slots)
         loads = {"at-once": at_once(trace), "load-0.9": poisson(trace, 0.9 * full, bench.seed)}
         for arrivals, load in loads.items():
             before: SimulationResult | None = None
-            for rung, predictor, page, options in rungs:
-                cluster, result = bench.run(
-                    load, predictor=predictor, page_size=page, max_num_seqs=slots, **options
-                )
+            for rung, predictor, options in rungs:
+                cluster, result = bench.run(load, predictor=predictor, max_num_seqs=slots, **options)
                 bench.emit(rung, cluster, result, before, workload=name, arrivals=arrivals, slots=slots)
                 before = result
 
@@ -271,7 +308,8 @@ def _workloads(bench: Bench) -> list[tuple[str, list[TraceRequest]]]:
     for name in (CONVERSATION, CODE):
         found, trace = bench.trace(name)
         made.append((found, trace[:count]))
-    return made
+    prefixes = bench.prefixes(count)
+    return [*made, (PREFIXES, prefixes)] if prefixes else made
 
 
 def decisions(bench: Bench) -> None:
@@ -355,7 +393,8 @@ def main(argv: list[str] | None = None) -> int:
     simulated = [part for part in args.parts if part != SWEEP]
     if simulated:
         requests = args.requests or _REQUESTS
-        bench = Bench(Results("scheduling", host_device(), args.output), traces, requests, args.bench_seed)
+        results = Results("scheduling", host_device(), args.output)
+        bench = Bench(results, args.cluster, traces, requests, args.slots, args.bench_seed)
         for part in simulated:
             PARTS[part](bench)
     if SWEEP in args.parts:
@@ -383,6 +422,13 @@ def _parser() -> CommandParser:
     )
     parser.add_argument(
         "--requests", type=int, help=f"of each trace (default: {_REQUESTS}; {SWEEP}: {_SWEEP_REQUESTS} a run)"
+    )
+    parser.add_argument("--cluster", default="1xH100m", help="what is simulated (default: %(default)s)")
+    parser.add_argument(
+        "--slots",
+        type=int_list,
+        default=(16, 64),
+        help="saturation: requests at once; low loads only below 64 (default: 16,64)",
     )
     parser.add_argument("--bench-seed", type=int, default=0)
     parser.add_argument("--traces", type=Path, metavar="DIR", help="folder of real data")

@@ -127,7 +127,7 @@ def random_model(config: EngineConfig, shape: str) -> LoadedModel:
     shardings = shardings_for(specs, placement.mesh, placement.rules)
     params = random_params(specs, shardings, config.seed)
     tokenizer = letters_tokenizer(module.config.vocab_size)
-    return LoadedModel(shape, platform, placement, module, params, tokenizer)
+    return LoadedModel(shape, None, platform, placement, module, params, tokenizer)
 
 
 @functools.cache

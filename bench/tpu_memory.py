@@ -2,9 +2,9 @@
 
     python bench/tpu_memory.py --topology v6e:2x2 --output bench/results/tpu_memory.jsonl
 
-Compiles the decode step of 64 rows and the largest mixed step with every layer and the whole vocabulary,
-which takes minutes; CI compiles some of the same with two layers. ``--every`` goes over one, four and eight
-devices of each generation.
+Compiles the decode step of 64 rows, the loop of such steps if ``--max-decode-steps`` asks for one, and the
+largest mixed step, with every layer and the whole vocabulary, which takes minutes; CI compiles some of them
+with two layers. ``--every`` goes over one, four and eight devices of each generation.
 """
 
 from __future__ import annotations
@@ -55,11 +55,15 @@ def measure(hf: dict[str, Any], topology: str, options: dict[str, Any], results:
     planned, resolved = plan_engine(config, find_family(hf).config_from_hf(hf), devices, Tpu)
     limit = chip_of(devices[0]).hbm_bytes
     fits = True
-    for bucket in (Bucket(64, 64), Bucket(resolved.ladder.token_budget, resolved.ladder.mixed_rows)):
+    ladder = resolved.ladder
+    loops = [Bucket(64, 64, ladder.decode_steps)] if ladder.decode_steps > 1 else []
+    for bucket in (Bucket(64, 64), *loops, Bucket(ladder.token_budget, ladder.mixed_rows)):
         compile_one = functools.partial(compile_steps, config, planned, resolved, [bucket])
         programs, seconds = timed(compile_one)
         report = report_step(bucket, programs.step(bucket), planned, resolved, seconds)
         case = f"{'decode' if bucket.is_decode else 'mixed'}_{bucket.tokens}"
+        if bucket.decode_steps > 1:
+            case += f"_k{bucket.decode_steps}"
         more = {
             "layers": hf["num_hidden_layers"],
             "vocab": hf["vocab_size"],
@@ -89,6 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--every", action="store_true", help="every generation in place of one topology")
     parser.add_argument("--max-model-len", type=int, default=32768)
     parser.add_argument("--kv-cache-dtype", choices=get_args(KVCacheDType), default="auto")
+    parser.add_argument("--max-decode-steps", type=int, default=1)
     parser.add_argument("--layers", type=int, help="default: the model's; two compile in a tenth of the time")
     parser.add_argument("--vocab", type=int, help="default: the model's")
     add_output_flag(parser)
@@ -106,6 +111,7 @@ def main(argv: list[str] | None = None) -> int:
             "tensor_parallel_size": num_devices,
             "max_model_len": args.max_model_len,
             "kv_cache_dtype": args.kv_cache_dtype,
+            "max_decode_steps": args.max_decode_steps,
         }
         fits &= measure(hf, topology, options, results)
     return 0 if fits else 1

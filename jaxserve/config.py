@@ -23,6 +23,7 @@ Capacity = Literal["watermark", "predicted"]
 Victim = Literal["auto", "latest", "least_urgent", "most_remaining", "value"]
 Attention = Literal["auto", "reference", "xla", "mosaic_gpu", "triton", "mosaic_tpu"]
 Device = Literal["auto", "cpu", "gpu", "tpu"]
+Prediction = Literal["mean", "fused"]
 
 
 def _option(default: Any, description: str) -> Any:
@@ -109,6 +110,10 @@ class SchedulerConfig:
     pipeline_depth: int = _option(
         1, "steps launched before their predecessor's result is read; 0 is synchronous"
     )
+    max_decode_steps: int = _option(
+        1,
+        "tokens of a row in one launch while nobody can be admitted; 1: never more; a page's tokens at most",
+    )
     batch_window_s: float = _option(0.05, "dynamic batching: seconds to wait for a batch to fill")
     max_queued_requests: int = _option(4096, "waiting requests beyond which new ones are refused")
     max_wait_s: float = _option(
@@ -118,6 +123,28 @@ class SchedulerConfig:
     tpot_slo_s: float = _option(0.05, "slo, phase: objective for the time between tokens")
     decision_log: str | None = _option(None, "file for JSON lines that say why requests run when they run")
     record: str | None = _option(None, "file for a recording that `jaxserve simulate --replay` plays again")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PredictionConfig:
+    """How long answers will be."""
+
+    length_predictor: Prediction = _option(
+        "mean",
+        "what answers' lengths are predicted from: the mean of those before, or everything that is known "
+        "(client, conversation, template, prefix, hidden states) by online error",
+    )
+    length_head: str | None = _option(
+        None,
+        "file made by `jaxserve train-predictor`, or none; default: the one made for this model, if any",
+    )
+    record_hidden: str | None = _option(
+        None, "folder for hidden states and lengths, which `jaxserve train-predictor` learns from"
+    )
+    hidden_layers: tuple[int, ...] | None = _option(
+        None, "layers whose states are recorded, counted from 1; default: the last"
+    )
+    probe_interval: int = _option(20, "output tokens between two looks at a request's hidden state")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,6 +179,7 @@ class EngineConfig:
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     cache: CacheConfig = dataclasses.field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = dataclasses.field(default_factory=SchedulerConfig)
+    prediction: PredictionConfig = dataclasses.field(default_factory=PredictionConfig)
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
     runner: RunnerConfig = dataclasses.field(default_factory=RunnerConfig)
     seed: int = _option(0, "seed of the seeds drawn for requests that bring none")
@@ -194,7 +222,7 @@ class EngineConfig:
         return cls(**values)
 
 
-SECTIONS = ("model", "cache", "scheduler", "parallel", "runner")
+SECTIONS = ("model", "cache", "scheduler", "prediction", "parallel", "runner")
 
 
 def flat_fields() -> list[tuple[str, dataclasses.Field[Any]]]:
@@ -210,10 +238,11 @@ def flat_fields() -> list[tuple[str, dataclasses.Field[Any]]]:
 
 def check(config: EngineConfig) -> None:
     """Raises ConfigError for the first value that cannot work on any platform."""
-    model, cache, scheduler, parallel, runner = (
+    model, cache, scheduler, prediction, parallel, runner = (
         config.model,
         config.cache,
         config.scheduler,
+        config.prediction,
         config.parallel,
         config.runner,
     )
@@ -225,6 +254,7 @@ def check(config: EngineConfig) -> None:
         ("composition", scheduler.composition, Composition),
         ("capacity", scheduler.capacity, Capacity),
         ("victim", scheduler.victim, Victim),
+        ("length_predictor", prediction.length_predictor, Prediction),
         ("attention", runner.attention, Attention),
         ("device", runner.device, Device),
     ):
@@ -235,19 +265,14 @@ def check(config: EngineConfig) -> None:
         model.model,
         "must be a non-empty name or path",
     )
-    size = cache.page_size
-    _require(
-        size is None or (_is_int(size) and 1 <= size <= 1024 and size & (size - 1) == 0),
-        "page_size",
-        size,
-        "must be a power of two up to 1024",
-    )
     for name, value in (
         ("max_model_len", model.max_model_len),
         ("num_pages", cache.num_pages),
         ("max_num_seqs", scheduler.max_num_seqs),
         ("max_num_batched_tokens", scheduler.max_num_batched_tokens),
         ("max_queued_requests", scheduler.max_queued_requests),
+        ("max_decode_steps", scheduler.max_decode_steps),
+        ("probe_interval", prediction.probe_interval),
         ("tensor_parallel_size", parallel.tensor_parallel_size),
     ):
         _require(
@@ -256,24 +281,48 @@ def check(config: EngineConfig) -> None:
             value,
             "must be a positive integer",
         )
+    _check_cache(cache)
+    _check_scheduler(scheduler)
+    for name, file in (
+        ("decision_log", scheduler.decision_log),
+        ("record", scheduler.record),
+        ("length_head", prediction.length_head),
+        ("record_hidden", prediction.record_hidden),
+    ):
+        _require(file is None or (isinstance(file, str) and bool(file)), name, file, "must be a path")
+    _require_increasing("hidden_layers", prediction.hidden_layers)
+    _check_ladders(runner, scheduler.max_num_batched_tokens)
+
+
+def _check_cache(cache: CacheConfig) -> None:
+    size = cache.page_size
+    _require(
+        size is None or (_is_int(size) and 1 <= size <= 1024 and size & (size - 1) == 0),
+        "page_size",
+        size,
+        "must be a power of two up to 1024",
+    )
     for name, share in (("memory_fraction", cache.memory_fraction), ("watermark", cache.watermark)):
         _require(_is_number(share) and 0.0 <= share <= 1.0, name, share, "must be a number in [0, 1]")
     host_bytes = cache.host_kv_bytes
     _require(
         _is_int(host_bytes) and 0 <= host_bytes < 2**50, "host_kv_bytes", host_bytes, "must be in [0, 2**50)"
     )
+    _require(
+        isinstance(cache.enable_prefix_caching, bool),
+        "enable_prefix_caching",
+        cache.enable_prefix_caching,
+        "must be true or false",
+    )
+
+
+def _check_scheduler(scheduler: SchedulerConfig) -> None:
     quantile = scheduler.demand_quantile
     _require(
         _is_number(quantile) and 0.0 < quantile < 1.0,
         "demand_quantile",
         quantile,
         "must be a number in (0, 1)",
-    )
-    _require(
-        isinstance(cache.enable_prefix_caching, bool),
-        "enable_prefix_caching",
-        cache.enable_prefix_caching,
-        "must be true or false",
     )
     _require(
         scheduler.pipeline_depth in (0, 1, 2), "pipeline_depth", scheduler.pipeline_depth, "must be 0, 1 or 2"
@@ -290,21 +339,12 @@ def check(config: EngineConfig) -> None:
         ("tpot_slo_s", scheduler.tpot_slo_s),
     ):
         _require(_is_number(seconds) and 0.0 < seconds <= 86400.0, name, seconds, "must be in (0, 86400]")
-    for name, file in (("decision_log", scheduler.decision_log), ("record", scheduler.record)):
-        _require(file is None or (isinstance(file, str) and bool(file)), name, file, "must be a file's path")
-    _check_ladders(runner, scheduler.max_num_batched_tokens)
 
 
 def _check_ladders(runner: RunnerConfig, budget: int | None) -> None:
     """Raises ConfigError for buckets that are no ladder, or end elsewhere than the token budget."""
     for name, ladder in (("token_buckets", runner.token_buckets), ("row_buckets", runner.row_buckets)):
-        good = ladder is None or (
-            isinstance(ladder, tuple | list)
-            and len(ladder) > 0
-            and all(_is_int(n) and n >= 1 for n in ladder)
-            and list(ladder) == sorted(set(ladder))
-        )
-        _require(good, name, ladder, "must be a strictly increasing list of positive integers")
+        _require_increasing(name, ladder)
     if budget is not None and runner.token_buckets is not None:
         _require(
             runner.token_buckets[-1] == budget,
@@ -312,6 +352,16 @@ def _check_ladders(runner: RunnerConfig, budget: int | None) -> None:
             runner.token_buckets,
             f"the last must be max_num_batched_tokens={budget}, or one of the two be left out",
         )
+
+
+def _require_increasing(name: str, numbers: object) -> None:
+    good = numbers is None or (
+        isinstance(numbers, tuple | list)
+        and len(numbers) > 0
+        and all(_is_int(n) and n >= 1 for n in numbers)
+        and list(numbers) == sorted(set(numbers))
+    )
+    _require(good, name, numbers, "must be a strictly increasing list of positive integers")
 
 
 def _is_int(value: object) -> bool:

@@ -76,6 +76,26 @@ class Decoder(nnx.Module):
         Returns:
             Hidden states after the final norm, [T, D] in the model's dtype, and the updated caches.
         """
+        hidden, caches, _ = self.with_states(token_ids, positions, kv_cache, attend, layers=())
+        return hidden, caches
+
+    def with_states[Cache](
+        self,
+        token_ids: jax.Array,
+        positions: jax.Array,
+        kv_cache: Sequence[Cache],
+        attend: AttendFn[Cache],
+        *,
+        layers: Sequence[int],
+    ) -> tuple[jax.Array, tuple[Cache, ...], tuple[jax.Array, ...]]:
+        """Runs all layers, and keeps the residual stream as it is after some of them.
+
+        Args:
+            layers: counted from 1, in increasing order; the last is ``num_layers``.
+
+        Returns:
+            What calling the decoder returns, and one [T, D] for each of ``layers``.
+        """
         config = self.config
         x = self.embed(token_ids)
         if config.embedding_scale is not None:
@@ -85,10 +105,13 @@ class Decoder(nnx.Module):
         ropes = dict.fromkeys(config.layer_rope(i) for i in range(config.num_layers))
         tables = {rope: rope_table(rope, config.head_dim, positions) for rope in ropes}
         caches: list[Cache] = []
+        states: list[jax.Array] = []
         for i, (layer, cache) in enumerate(zip(self.layers, kv_cache, strict=True)):
             x, cache = layer(x, tables[config.layer_rope(i)], cache, attend)
             caches.append(cache)
-        return self.final_norm(x), tuple(caches)
+            if i + 1 in layers:
+                states.append(x)
+        return self.final_norm(x), tuple(caches), tuple(states)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Scores of the next token: hidden states [R, D] -> float32 [R, vocab_size], soft cap applied."""

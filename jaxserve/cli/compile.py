@@ -117,13 +117,17 @@ def _print_plan(planned: PlannedModel, resolved: ResolvedConfig, kind: str, limi
     )
     print(f"context      {resolved.max_model_len} tokens at most, {resolved.num_slots} requests at once")
     print(f"decode rows  {', '.join(map(str, resolved.ladder.decode_rows))}")
+    if resolved.ladder.decode_steps > 1:
+        print(f"loops        of {resolved.ladder.decode_steps} decode steps, of the same rows")
     print(f"mixed tokens {', '.join(map(str, resolved.ladder.mixed_tokens))}", flush=True)
 
 
 def _print_step(report: StepReport, limit: int | None) -> bool:
     """Prints a step; whether it fits in memory."""
     needed = report.argument_bytes + report.temporary_bytes
-    kind = "decode" if report.bucket.is_decode else "mixed"
+    kind = "mixed"
+    if report.bucket.is_decode:
+        kind = "loop" if report.bucket.decode_steps > 1 else "decode"
     talk = ", ".join(
         f"{count} {collective.kind} of {collective.num_bytes / 1024:.1f} KiB"
         for collective, count in sorted(report.collectives.items(), key=lambda item: -item[0].num_bytes)

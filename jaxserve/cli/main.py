@@ -19,6 +19,7 @@ COMMANDS = {
     "pull": ("jaxserve.cli.pull", "fetch a model into the cache folder"),
     "convert": ("jaxserve.cli.convert", "convert a checkpoint (GGUF, safetensors, Orbax)"),
     "compile": ("jaxserve.cli.compile", "plan and compile for devices that are not here"),
+    "train-predictor": ("jaxserve.cli.train_predictor", "learn output lengths from recorded hidden states"),
     "simulate": ("jaxserve.cli.simulate", "try scheduling policies on a trace, without a device"),
     "bench": ("jaxserve.cli.bench", "compare batching modes (in a checkout of the repository)"),
     "doctor": ("jaxserve.cli.doctor", "show versions, devices and folders"),

@@ -97,7 +97,7 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--predictor",
         default="mean",
-        help="of lengths: mean, oracle, noisy, shuffled, constant (default: %(default)s)",
+        help="of lengths: mean, fused, oracle, noisy, shuffled, constant (default: %(default)s)",
     )
     parser.add_argument(
         "--sigma", type=float, default=0.7, metavar="X", help="noise of noisy (default: %(default)s)"

@@ -56,7 +56,10 @@ class Assembly:
         fields: dict[str, Any] = {field.name: values[field.name] for field in dataclasses.fields(cls)}
         ladder = fields["ladder"]
         fields["ladder"] = BucketLadder(
-            tuple(ladder["decode_rows"]), tuple(ladder["mixed_tokens"]), ladder["mixed_rows"]
+            tuple(ladder["decode_rows"]),
+            tuple(ladder["mixed_tokens"]),
+            ladder["mixed_rows"],
+            ladder["decode_steps"],
         )
         fields["scheduler"] = SchedulerConfig(**fields["scheduler"])
         fields["host"] = HostTier(**fields["host"])

@@ -41,9 +41,8 @@ def prepare(plan: StepPlan, *, num_slots: int) -> StepBatch:
     bucket = plan.bucket
     rows = np.zeros((NUM_ROW_FIELDS, bucket.rows), np.int32)
     rows[0] = num_slots
-    if plan.rows:
-        filled = np.array([row[1:] for row in plan.rows], np.int32)
-        rows[:, : len(plan.rows)] = filled.T
+    columns = (plan.rows.slots, plan.rows.starts, plan.rows.num_tokens, plan.rows.samples)
+    rows[:, : len(plan.rows)] = columns
     updates = np.zeros((NUM_PAGE_FIELDS, bucket.rows), np.int32)
     updates[0] = num_slots
     if plan.page_updates:

@@ -4,7 +4,7 @@
 
 One set of non-negative coefficients for each compiled bucket, fitted by recursive least squares with
 forgetting on relative errors. A bucket with too few samples takes the prior, times the ratio of measured to
-prior seconds that the engine has shown so far.
+prior seconds that the engine has shown so far. A decode loop is priced and measured by its mean decode step.
 """
 
 from __future__ import annotations
@@ -54,20 +54,29 @@ class StepFeatures(NamedTuple):
 
 
 def features_of(plan: StepPlan) -> StepFeatures:
-    """The features of a plan. Its rows are decodes first."""
+    """The features of a plan, whose rows are decodes first; of a loop those of its mean decode step."""
     rows = plan.rows
-    pairs, context, count = 0.0, sum([row[2] for row in rows]), len(rows)
+    if plan.is_loop:
+        return _loop_features(plan)
+    pairs, context, count = 0.0, sum(rows.starts), len(rows)
     tokens = count
-    for row in reversed(rows):
-        length = row[3]
+    for start, length in zip(reversed(rows.starts), reversed(rows.num_tokens), strict=True):
         if length == 1:
             break
-        start = row[2]
         pairs += length * (start + (length + 1) / 2)
         context -= start
         tokens += length - 1
         count -= 1
     return StepFeatures(tokens, context + count, pairs, len(rows))
+
+
+def _loop_features(plan: StepPlan) -> StepFeatures:
+    rows, decode_steps = plan.rows, plan.num_decode_steps
+    lengths = rows.num_tokens
+    context = sum([length * start for start, length in zip(rows.starts, lengths, strict=True)])
+    context += sum([length * (length + 1) // 2 for length in lengths])
+    tokens = round(sum(lengths) / decode_steps)
+    return StepFeatures(tokens, round(context / decode_steps), 0.0, len(rows))
 
 
 class StepCost(Protocol):
@@ -179,6 +188,7 @@ class CostModel:
                 {
                     "tokens": bucket.tokens,
                     "rows": bucket.rows,
+                    "decode_steps": bucket.decode_steps,
                     "samples": fit.samples,
                     "coefficients": list(fit.coefficients),
                 }
@@ -192,7 +202,8 @@ class CostModel:
         self._ratio = float(learnt["ratio"])
         self.num_samples = int(learnt["samples"])
         for entry in learnt["buckets"]:
-            fit = self._buckets.setdefault(Bucket(entry["tokens"], entry["rows"]), _BucketFit())
+            bucket = Bucket(entry["tokens"], entry["rows"], entry.get("decode_steps", 1))
+            fit = self._buckets.setdefault(bucket, _BucketFit())
             fit.coefficients = tuple(map(float, entry["coefficients"]))
 
 

@@ -10,6 +10,9 @@ from jaxserve.core.prefix_cache import PrefixCache, PrefixCacheStats
 from jaxserve.core.radix_tree import NO_MATCH, Match
 from jaxserve.request import Request
 
+# Finding out what is worth least costs as much for one page as for several.
+_EVICTED_SHARE = 1 / 1024
+
 
 class KVCacheManager:
     """Gives pages to requests and takes them back; a request's table is ``request.page_ids``.
@@ -23,6 +26,7 @@ class KVCacheManager:
     def __init__(self, pool: PagePool, page_size: int, cache: PrefixCache | None = None) -> None:
         self._pool = pool
         self._cache = cache
+        self._eviction_run = int(pool.num_usable * _EVICTED_SHARE)
         self.page_size = page_size
 
     @property
@@ -89,7 +93,7 @@ class KVCacheManager:
             return
         lacking = missing - self._pool.num_free
         if lacking > 0 and self._cache is not None:
-            self._cache.evict(lacking)
+            self._cache.evict(max(lacking, self._eviction_run))
         request.page_ids += self._pool.allocate(missing)
 
     def computed(self, request: Request) -> None:

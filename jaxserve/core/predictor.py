@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Protocol, final
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol, final, runtime_checkable
 
-from jaxserve.request import Request
+from jaxserve.request import FinishReason, Request
 
 
 class LengthPrediction(NamedTuple):
@@ -19,11 +20,32 @@ class LengthPredictor(Protocol):
     """Guesses how many tokens a request will output, and learns from those that finished."""
 
     def predict(self, request: Request) -> LengthPrediction:
-        """Called when a request joins, and again when it has outgrown its upper quantile."""
+        """Called when a request joins, when it has outgrown its upper quantile, and when a probe landed."""
         ...
 
     def observe(self, request: Request) -> None:
-        """Learns from a request that finished by itself."""
+        """Called once for every request that finished, for whatever reason.
+
+        Only a request whose reason is STOP shows its length; any other is only known to be longer.
+        """
+        ...
+
+
+@runtime_checkable
+class ProbeReader(Protocol):
+    """A predictor that uses what a trained head reads from hidden states."""
+
+    def landed(self, request: Request, generated: int, log_remaining: Sequence[float]) -> None:
+        """A running request's state after ``generated`` output tokens was read; see `probing.ProbeResult`."""
+        ...
+
+
+@runtime_checkable
+class ReportingPredictor(Protocol):
+    """A predictor that knows how right it has been."""
+
+    def stats(self) -> dict[str, Any]:
+        """Plain numbers by name; may be called from another thread."""
         ...
 
 
@@ -53,6 +75,8 @@ class MeanLengthPredictor:
         return within_limits(request, generated + self._mean, generated + math.log(10) * self._mean)
 
     def observe(self, request: Request) -> None:
+        if request.finish_reason is not FinishReason.STOP:
+            return
         length = len(request.output_token_ids)
         self._mean = (
             float(length) if self._mean is None else self._mean + self._weight * (length - self._mean)

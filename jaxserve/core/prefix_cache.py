@@ -164,7 +164,7 @@ class PrefixCache:
             self._pool.release(self._tree.forget(path.node, path.num_matched))
 
     def evict(self, num_pages: int) -> None:
-        """Frees so many pages, the least valuable first. The caller has checked `num_evictable`."""
+        """Frees so many pages, the least valuable first, or all that can be."""
         pages = self._tree.evict(num_pages)
         self._num_evicted += len(pages)
         self._pool.release(pages)

@@ -11,22 +11,22 @@ out to be finished is discarded.
 
 from __future__ import annotations
 
-import functools
 from collections import deque
-from itertools import repeat
-from typing import Final, NamedTuple, cast
+from itertools import compress
+from typing import NamedTuple
 
 from jaxserve.core.buckets import BucketLadder
 from jaxserve.core.decision_log import DecisionLog
 from jaxserve.core.draft import Draft
+from jaxserve.core.horizon import loop_steps
 from jaxserve.core.kv_cache_manager import KVCacheManager
 from jaxserve.core.observers import Observers
-from jaxserve.core.plan import PageUpdate, StepPlan, StepResult, TopLogprobs
-from jaxserve.core.policy import Explaining, Policies, Preempting, QueueView, RankingPrefills, StepView
+from jaxserve.core.plan import StepPlan, StepResult
+from jaxserve.core.policy import Policies, Preempting, QueueView, RankingPrefills, StepView
 from jaxserve.core.prefix_cache import PrefixCacheStats
 from jaxserve.core.radix_tree import Match
-from jaxserve.core.scheduler_stats import SchedulerStats
 from jaxserve.core.swap import SwapSpace, SwapStats
+from jaxserve.core.updates import SchedulerStats, StepUpdates, finish_reason, live_rows
 from jaxserve.core.waiting_queue import WaitingQueue
 from jaxserve.errors import DuplicateRequestError, QueueFullError
 from jaxserve.request import FinishReason, Request, RequestStatus
@@ -35,17 +35,10 @@ from jaxserve.request import FinishReason, Request, RequestStatus
 _PREEMPTION_INTERVAL = 8
 
 
-class RequestUpdate(NamedTuple):
-    """What changed for one request: a new token, or its end, or both."""
-
-    request: Request
-    token_id: int | None
-    logprobs: TopLogprobs | None
-    finished: bool
-
-
-# A third of the time of the named constructor, in a loop that runs for every token.
-_make_update: Final = functools.partial(tuple.__new__, RequestUpdate)
+class _InFlight(NamedTuple):
+    plan: StepPlan
+    owners: list[Request]
+    num_finished: int  # of all requests, when it was planned
 
 
 class Scheduler:
@@ -82,9 +75,9 @@ class Scheduler:
         self._live: dict[str, Request] = {}
         self._num_slots = num_slots
         self._free_slots = list(range(num_slots - 1, -1, -1))
-        self._in_flight: deque[tuple[StepPlan, list[Request]]] = deque()
+        self._in_flight: deque[_InFlight] = deque()
         self._with_deadline: set[Request] = set()
-        self._ended: list[RequestUpdate] = []  # ends that no step's result will report
+        self._ended: list[Request] = []  # ends that no step's result will report
         self._page_ends: list[Request] = []  # whose next token is the first of a page
         self._outgrown: list[Request] = []  # longer than the upper quantile of their prediction
         self._step = 0
@@ -125,12 +118,12 @@ class Scheduler:
     ) -> None:
         """Ends a live request from outside (abort, stop string, deadline, error); its pages are free at once.
 
-        The update is returned by the next ``take_ended``.
+        It is returned by the next ``take_ended``.
         """
         request.stop_reason = stop_reason
         request.error = error
         self._leave(request, reason, now)
-        self._ended.append(RequestUpdate(request, None, None, finished=True))
+        self._ended.append(request)
         self._release_batch(now)
 
     def end_all(self, reason: FinishReason, now: float, error: str | None = None) -> None:
@@ -138,8 +131,8 @@ class Scheduler:
         for request in list(self._live.values()):
             self.end(request, reason, now, error=error)
 
-    def take_ended(self) -> list[RequestUpdate]:
-        """Updates of requests that ended outside of a step's result."""
+    def take_ended(self) -> list[Request]:
+        """Requests that ended outside of a step's result."""
         ended, self._ended = self._ended, []
         return ended
 
@@ -197,19 +190,28 @@ class Scheduler:
         prefills = draft.plan_decodes(self._running)
         if self._swap.num_loading:
             prefills = [request for request in prefills if not self._swap.is_loading(request)]
+        num_decodes = len(draft.owners)
         if prefills or self._waiting:
             self._plan_prefills(prefills, now, draft)
+        if self._ladder.decode_steps > 1 and not prefills and len(draft.owners) == num_decodes:
+            self._look_ahead(draft)
         self._page_ends = draft.page_ends
-        if not draft.rows:
+        if not draft.owners:
             return None
         self._swap.take_copies(draft)
-        num_rows = len(draft.rows)
-        is_decode = draft.num_tokens == num_rows
-        bucket = self._ladder.choose(draft.num_tokens, num_rows + len(self._held), is_decode=is_decode)
-        plan = draft.finish(self._step, bucket, len(self._held))
+        plan = draft.finish(self._step, self._ladder, len(self._held))
         self._step += 1
-        self._in_flight.append((plan, draft.owners))
+        self._in_flight.append(_InFlight(plan, draft.owners, self._num_finished))
         return plan
+
+    def _look_ahead(self, draft: Draft) -> None:
+        """Lets a plan that only decodes make several tokens a row, if nobody can take a slot meanwhile."""
+        head = self._waiting.peek()
+        if head is not None and (self._preempting is not None or self._is_in_flight(head)):
+            return
+        steps = loop_steps(draft.owners, self._ladder.decode_steps, is_awaited=head is not None)
+        if steps is not None:
+            draft.lengthen_decodes(steps, self._kv)
 
     def _grow_decodes(self, now: float, draft: Draft) -> None:
         """Gives those that the last plan left at the end of a page another, a victim's if none is left."""
@@ -221,10 +223,7 @@ class Scheduler:
             while self._kv.num_available == 0 and request.status is RequestStatus.RUNNING:
                 self._preempt(self._policies.victim.choose(self._running), now, draft)
             if request.status is RequestStatus.RUNNING:
-                self._kv.grow(request, request.num_tokens)
-                draft.page_updates.append(
-                    PageUpdate(cast(int, request.slot), len(request.page_ids) - 1, request.page_ids[-1])
-                )
+                draft.grow(request, request.num_tokens, self._kv)
 
     def _land(self, draft: Draft) -> None:
         """Lets those compute again whose pages have come back."""
@@ -247,7 +246,7 @@ class Scheduler:
         """Whether a step has a row of a request that waits: it was preempted after that was planned."""
         if waiting.status is not RequestStatus.PREEMPTED:
             return False
-        return any(waiting in owners for _, owners in self._in_flight)
+        return any(waiting in step.owners for step in self._in_flight)
 
     def _plan_prefills(self, prefills: list[Request], now: float, draft: Draft) -> None:
         """The next chunks of prompts that are partly computed, and then those of new requests."""
@@ -325,7 +324,8 @@ class Scheduler:
 
     def _start(self, request: Request, match: Match, now: float) -> None:
         if self._log is not None:
-            self._log_admission(self._log, request, now)
+            key = self._waiting.key_of(request)
+            self._log.admitted(self._step, now, request, key=key, ordering=self._policies.ordering)
         self._waiting.remove(request)
         self._observers.admitted(request, now)
         request.slot = self._free_slots.pop()
@@ -337,17 +337,6 @@ class Scheduler:
             request.first_scheduled_time = now
             request.num_cached_tokens = request.num_computed_tokens
         self._running.append(request)
-
-    def _log_admission(self, log: DecisionLog, request: Request, now: float) -> None:
-        ordering = self._policies.ordering
-        log.admitted(
-            self._step,
-            now,
-            request.id,
-            waited_s=now - request.arrival_time,
-            key=self._waiting.key_of(request),
-            factors=ordering.factors(request) if isinstance(ordering, Explaining) else {},
-        )
 
     def _enqueue(self, request: Request, now: float) -> None:
         self._observers.queued(request, now)
@@ -389,52 +378,62 @@ class Scheduler:
 
     # ------------------------------------------------------------------ results
 
-    def update(self, result: StepResult, now: float) -> list[RequestUpdate]:
-        """Takes the result of the oldest step in flight; returns what changed, in row order."""
-        plan, owners = self._in_flight.popleft()
+    def update(self, result: StepResult, now: float) -> StepUpdates:
+        """Takes the result of the oldest step in flight; returns what changed."""
+        step = self._in_flight.popleft()
         if result.arrived:
             self._swap.arrived(result.arrived)
-        updates: list[RequestUpdate] = []
-        finished, make = RequestStatus.FINISHED, _make_update
-        logprobs = repeat(None) if result.logprobs is None else result.logprobs
-        bad = [i in result.bad_rows for i in range(len(owners))] if result.bad_rows else repeat(False)
-        for row, request, token_id, row_logprobs, is_bad in zip(
-            plan.rows, owners, result.token_ids, logprobs, bad, strict=False
-        ):
-            if not row[4] or request.status is finished:
-                continue  # a chunk in mid-prompt does not sample; a row may turn out to be finished
-            if is_bad:
-                request.error = "the model produced logits that are not finite"
-                self._leave(request, FinishReason.ERROR, now)
-                updates.append(RequestUpdate(request, None, None, finished=True))
-                continue
-            output = request.output_token_ids
-            output.append(token_id)
-            if token_id in request.stop_token_ids or len(output) >= request.next_limit:
-                ended = self._end_row(request, token_id, now)
-            else:
-                ended = False
-            updates.append(make((request, token_id, row_logprobs, ended)))
-        if self._observers.want_tokens:
-            self._observers.generated([u.request for u in updates if u.token_id is not None], now)
+        updates = StepUpdates(logprobs=result.logprobs)
+        for decode_step, token_ids in enumerate(result.token_ids):
+            for index in [row for bad_step, row in result.bad_rows if bad_step == decode_step]:
+                self._fail_row(step, index, now, updates)
+            self._take_tokens(step, decode_step, token_ids, now, updates)
         self._release_batch(now)
         return updates
 
-    def _end_row(self, request: Request, token_id: int, now: float) -> bool:
-        """Looks at a token that may be a request's first or last; whether it ended and may say so now."""
+    def _take_tokens(
+        self, step: _InFlight, decode_step: int, token_ids: list[int], now: float, updates: StepUpdates
+    ) -> None:
+        """One token for each row that has one in a decode step, from 0."""
+        rows, requests = step.plan.rows, step.owners
+        if step.plan.is_loop or self._num_finished != step.num_finished or not all(rows.samples):
+            live = live_rows(rows, requests, decode_step)
+            requests, token_ids = list(compress(requests, live)), list(compress(token_ids, live))
+            if updates.logprobs is not None:
+                updates.logprobs = list(compress(updates.logprobs, live))
+        for request, token_id in zip(requests, token_ids, strict=True):
+            output = request.output_token_ids
+            output.append(token_id)
+            if token_id in request.stop_token_ids or len(output) >= request.next_limit:
+                self._look_at(request, token_id, now, updates)
+        if self._observers.want_tokens:
+            self._observers.generated(requests, now)
+        updates.extend(requests, token_ids)
+
+    def _fail_row(self, step: _InFlight, index: int, now: float, updates: StepUpdates) -> None:
+        request = step.owners[index]
+        if step.plan.rows.samples[index] and not request.is_finished:
+            request.error = "the model produced logits that are not finite"
+            self._leave(request, FinishReason.ERROR, now)
+            updates.ended.append(request)
+
+    def _look_at(self, request: Request, token_id: int, now: float, updates: StepUpdates) -> None:
+        """Looks at a token that may be a request's first or last."""
         if request.first_token_time is None:
             request.first_token_time = now
             request.note_limit()
-        reason = _finish_reason(request, token_id)
+        reason = finish_reason(request, token_id)
         if reason is None:
             if len(request.output_token_ids) > request.predicted_output_upper:
                 self._outgrown.append(request)
-            return False
+            return
         if reason is FinishReason.STOP:
             request.stop_reason = token_id
+            updates.stopped.append(request)
         holds = self._policies.admission.holds_slots and request.status is RequestStatus.RUNNING
         self._leave(request, reason, now, holds_slot=holds)
-        return not holds
+        if not holds:
+            updates.ended.append(request)
 
     def drop_in_flight(self) -> None:
         """Forgets the steps in flight of an executor that failed."""
@@ -467,7 +466,7 @@ class Scheduler:
             for request in self._held:
                 request.finish_time = now
                 self._give_up_slot(request, now)
-                self._ended.append(RequestUpdate(request, None, None, finished=True))
+                self._ended.append(request)
             self._held.clear()
 
     def _expire(self, now: float) -> None:
@@ -492,11 +491,3 @@ class Scheduler:
 def _may_decode(request: Request) -> bool:
     # Once the last permitted token is being sampled, another step would be thrown away for certain.
     return request.num_tokens < request.max_num_tokens
-
-
-def _finish_reason(request: Request, token_id: int) -> FinishReason | None:
-    if token_id in request.stop_token_ids and len(request.output_token_ids) > request.params.min_tokens:
-        return FinishReason.STOP
-    if len(request.output_token_ids) >= request.max_tokens:
-        return FinishReason.LENGTH
-    return None

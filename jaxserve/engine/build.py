@@ -24,13 +24,16 @@ from jaxserve.core.batch import Executor, StepBatch
 from jaxserve.core.cost_model import CostModel, StepCost, UnknownDevice
 from jaxserve.core.plan import StepPlan
 from jaxserve.core.predictor import LengthPredictor, MeanLengthPredictor
+from jaxserve.core.probing import Probing
 from jaxserve.core.resume_costs import NO_HOST, HostTier
 from jaxserve.core.roofline import ModelShape, Roofline, known_device
 from jaxserve.engine.engine_core import EngineCore
+from jaxserve.engine.hidden_recording import HiddenRecorder
 from jaxserve.engine.input_processor import InputProcessor
 from jaxserve.engine.journals import Journals
 from jaxserve.engine.loop import EngineLoop
-from jaxserve.loading.source import open_checkpoint, resolve_model
+from jaxserve.engine.prediction import make_prediction
+from jaxserve.loading.source import ModelSource, open_checkpoint, resolve_model
 from jaxserve.loading.tokenizer import Tokenizer, load_tokenizer
 from jaxserve.loading.weights import load_params
 from jaxserve.models.decoder import Decoder
@@ -41,6 +44,7 @@ from jaxserve.models.sharding import Placement, check_divisible, make_mesh
 from jaxserve.platforms import Platform, select_platform
 from jaxserve.runner.bundle import check_devices, programs_folder, with_bundle
 from jaxserve.runner.model_runner import ModelRunner, admission_sizes
+from jaxserve.runner.probes import ProbeOptions
 from jaxserve.runner.programs import count_programs
 from jaxserve.runner.resolve import ResolvedConfig, resolve, resolve_dtype
 
@@ -84,6 +88,7 @@ class Engine:
             **core.scheduler.stats()._asdict(),
             "prefix_cache": None if prefix_cache is None else prefix_cache.to_json(),
             "swap": core.scheduler.swap_stats()._asdict(),
+            "length_prediction": core.prediction_stats(),
             "num_steps": core.stats.steps,
             "num_output_tokens": core.stats.output_tokens,
             "finished": dict(core.stats.finished),
@@ -103,6 +108,7 @@ class LoadedModel(NamedTuple):
     """A model's weights on the device, and what came with them; any number of runners can share it."""
 
     name: str
+    source: ModelSource | None  # None for random weights
     platform: Platform
     placement: Placement
     module: Decoder
@@ -123,12 +129,17 @@ def build_engine(config: EngineConfig, *, progress: bool = True) -> Engine:
         journals = Journals(config.scheduler)
         opened.callback(journals.close)
         model = load_model(config, progress=progress)
-        resolved, runner = make_runner(config, model, progress=progress)
+        prediction = make_prediction(config, model)
+        opened.callback(prediction.close)
+        resolved, runner = make_runner(config, model, probes=prediction.probes, progress=progress)
         opened.callback(runner.close)
         prior = device_prior(model, resolved)
         core = make_core(
-            config, resolved, runner, runner.prepare, prior=prior, journals=journals, host=runner.host_tier
-        )
+            config, resolved, runner, runner.prepare,
+            prior=prior, predictor=prediction.predictor, journals=journals,
+            probing=None if prediction.probes is None else Probing(runner, config.prediction.probe_interval),
+            hidden_recorder=prediction.recorder, host=runner.host_tier,
+        )  # fmt: skip
         engine = make_engine(config, model, resolved, runner, core, on_close=opened.close)
         on_failure.pop_all()
     return engine
@@ -145,7 +156,7 @@ def load_model(config: EngineConfig, *, progress: bool = True) -> LoadedModel:
     params = load_params(checkpoint, module, weight_map, placement.mesh, placement.rules, progress=progress)
     # A path is nobody's business on the other end of a wire.
     name = source.path.name if Path(source.name).expanduser().exists() else source.name
-    return LoadedModel(name, platform, placement, module, params, tokenizer)
+    return LoadedModel(name, source, platform, placement, module, params, tokenizer)
 
 
 def start_platform(config: EngineConfig) -> Platform:
@@ -176,9 +187,13 @@ def declare_model(config: EngineConfig, platform: Platform, hf_config: HfConfig)
 
 
 def make_runner(
-    config: EngineConfig, model: LoadedModel, *, progress: bool = True
+    config: EngineConfig, model: LoadedModel, *, probes: ProbeOptions | None = None, progress: bool = True
 ) -> tuple[ResolvedConfig, ModelRunner]:
-    """Sizes an engine for its device, allocates slots and pages, compiles everything. Raises ConfigError."""
+    """Sizes an engine for its device, allocates slots and pages, compiles everything. Raises ConfigError.
+
+    Args:
+        probes: what to read of running requests' hidden states; by default they are not kept.
+    """
     resolved = resolve(config, model.platform, model.module.config, model.placement.mesh)
     num_programs = count_programs(
         resolved.ladder.all(),
@@ -197,6 +212,7 @@ def make_runner(
             pairs_single_rows=model.platform.pairs_single_rows,
             branches_on_host=model.platform.branches_on_host,
             on_compiled=bar.update,
+            probes=probes,
         )
     return resolved, runner
 
@@ -211,6 +227,8 @@ def make_core[Handle](
     predictor: LengthPredictor | None = None,
     journals: Journals | None = None,
     host: HostTier = NO_HOST,
+    probing: Probing[Any] | None = None,
+    hidden_recorder: HiddenRecorder | None = None,
 ) -> EngineCore[Handle]:
     """The step loop's parts, wired for production: the wall clock and a real executor.
 
@@ -221,6 +239,8 @@ def make_core[Handle](
         predictor: of output lengths; by default the mean of those that finished.
         journals: files to write.
         host: memory that the executor can copy pages to.
+        probing: of an executor that was made for it.
+        hidden_recorder: of what it reads.
     """
     assembly = Assembly(
         scheduler=config.scheduler,
@@ -244,6 +264,8 @@ def make_core[Handle](
         pipeline_depth=depth,
         costs=costs,
         recorder=journals.recorder(assembly, prior, depth) if journals else None,
+        probing=probing,
+        hidden_recorder=hidden_recorder,
     )
 
 

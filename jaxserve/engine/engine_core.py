@@ -9,16 +9,19 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxserve.core.batch import Executor, StepBatch
 from jaxserve.core.cost_model import CostModel, features_of
 from jaxserve.core.plan import StepPlan, StepResult
-from jaxserve.core.predictor import LengthPredictor
-from jaxserve.core.scheduler import RequestUpdate, Scheduler
+from jaxserve.core.predictor import LengthPrediction, LengthPredictor, ProbeReader, ReportingPredictor
+from jaxserve.core.probing import Probing
+from jaxserve.core.scheduler import Scheduler
+from jaxserve.core.updates import StepUpdates
+from jaxserve.engine.hidden_recording import HiddenRecorder
 from jaxserve.engine.recording import Recorder
 from jaxserve.engine.stats import STAGES, BucketStats, EngineStats, StageTimer
-from jaxserve.request import FinishReason, Request
+from jaxserve.request import FinishReason, Request, RequestStatus
 
 _STEP_TIME_WEIGHT = 0.1
 
@@ -43,12 +46,17 @@ class EngineCore[Handle]:
         pipeline_depth: int,
         costs: CostModel | None = None,
         recorder: Recorder | None = None,
+        probing: Probing[Any] | None = None,
+        hidden_recorder: HiddenRecorder | None = None,
     ) -> None:
         """Puts the parts together.
 
         Args:
             costs: learns from the steps, if given; the scheduler's policies may hold the same.
             recorder: is told everything that a replay needs, if given.
+            probing: looks at running requests' hidden states, if given; a predictor that is a `ProbeReader`
+                and the hidden recorder hear of them.
+            hidden_recorder: keeps them as training data, if given.
         """
         self._scheduler = scheduler
         self._executor = executor
@@ -58,6 +66,9 @@ class EngineCore[Handle]:
         self._depth = pipeline_depth
         self._costs = costs
         self._recorder = recorder
+        self._probing = probing
+        self._reader = predictor if isinstance(predictor, ProbeReader) else None
+        self._hidden_recorder = hidden_recorder
         self._in_flight: deque[_InFlight[Handle]] = deque()
         self._last_collected = clock()
         self.stats = EngineStats()
@@ -66,6 +77,15 @@ class EngineCore[Handle]:
     @property
     def scheduler(self) -> Scheduler:
         return self._scheduler
+
+    def prediction_stats(self) -> dict[str, Any] | None:
+        """How right the length predictor has been; None if it does not say."""
+        predictor = self._predictor
+        if not isinstance(predictor, ReportingPredictor):
+            return None
+        probing = self._probing
+        counts = {} if probing is None else {"launches": probing.num_launches, "probes": probing.num_probes}
+        return {**predictor.stats(), **counts}
 
     @property
     def has_work(self) -> bool:
@@ -88,6 +108,13 @@ class EngineCore[Handle]:
         request.predicted_output_tokens, request.predicted_output_upper = self._predictor.predict(request)
         request.note_limit()
 
+    def revise(self, request_id: str, prediction: LengthPrediction) -> None:
+        """Gives a live request another prediction, made elsewhere: a replay's."""
+        request = self._scheduler.get(request_id)
+        if request is not None:
+            request.predicted_output_tokens, request.predicted_output_upper = prediction
+            request.note_limit()
+
     def end(
         self,
         request_id: str,
@@ -104,7 +131,7 @@ class EngineCore[Handle]:
                 self._recorder.ended(request, reason, now)
             self._scheduler.end(request, reason, now, stop_reason=stop_reason, error=error)
 
-    def step(self) -> list[RequestUpdate]:
+    def step(self) -> StepUpdates:
         """Plans and launches one step, reads the oldest result that is due, and returns what changed.
 
         The *predict* stage runs when a request is added; the other five run here.
@@ -120,8 +147,11 @@ class EngineCore[Handle]:
                 batch = self._prepare(plan)
             with timers["execute"]:
                 self._in_flight.append(_InFlight(plan, self._executor.dispatch(batch), self._clock()))
+            if self._probing is not None:
+                with timers["predict"]:
+                    self._probing.dispatched(plan, self._scheduler.get)
         if not self._in_flight or (plan is not None and len(self._in_flight) <= self._depth):
-            return self._finish_step([])
+            return self._finish_step(StepUpdates())
         with timers["execute"]:
             done = self._in_flight.popleft()
             result = self._executor.collect(done.handle)
@@ -134,27 +164,52 @@ class EngineCore[Handle]:
             self._recorder.collected(result, updates, now, step_s)
         return self._finish_step(updates)
 
-    def stop(self, reason: FinishReason, error: str) -> list[RequestUpdate]:
+    def _land(self, probing: Probing[Any], step: int) -> None:
+        """Hands out the probes that a step's result shows to be done."""
+        for request, probe, result, row in probing.landed(step):
+            if self._hidden_recorder is not None and result.states is not None:
+                self._hidden_recorder.probed(request, probe.generated, result.states[row])
+            if self._reader is None or result.log_remaining is None:
+                continue
+            if request.status is RequestStatus.RUNNING:  # whoever waits has its place in a queue already
+                self._reader.landed(request, probe.generated, result.log_remaining[row].tolist())
+                self._predict(request)
+                if self._recorder is not None:
+                    self._recorder.refreshed(request)
+        if self._hidden_recorder is not None:
+            self._hidden_recorder.step_done()
+
+    def stop(self, reason: FinishReason, error: str) -> StepUpdates:
         """Ends everything at once, steps in flight included: the engine closes, or its executor failed."""
         self._in_flight.clear()
         self._scheduler.drop_in_flight()
+        if self._probing is not None:
+            self._probing.drop_in_flight()
         self._scheduler.end_all(reason, self._clock(), error)
-        return self._finish_step([])
+        return self._finish_step(StepUpdates())
 
-    def _finish_step(self, updates: list[RequestUpdate]) -> list[RequestUpdate]:
-        updates += self._scheduler.take_ended()
+    def _finish_step(self, updates: StepUpdates) -> StepUpdates:
+        updates.ended += self._scheduler.take_ended()
         finished = self.stats.finished
-        for update in updates:
-            if update.finished and update.request.finish_reason is not None:
-                reason = update.request.finish_reason.value
+        for request in updates.ended:
+            if request.finish_reason is not None:
+                reason = request.finish_reason.value
                 finished[reason] = finished.get(reason, 0) + 1
-                if self._recorder is not None:
-                    self._recorder.finished(update.request)
+                with self._timers["learn"]:
+                    self._forget(request)
         return updates
 
-    def _learn(
-        self, done: _InFlight[Handle], result: StepResult, now: float, updates: list[RequestUpdate]
-    ) -> float:
+    def _forget(self, request: Request) -> None:
+        """Learns what there is to learn from a request that has ended."""
+        self._predictor.observe(request)
+        if self._probing is not None:
+            self._probing.finished(request)
+        if self._hidden_recorder is not None:
+            self._hidden_recorder.finished(request)
+        if self._recorder is not None:
+            self._recorder.finished(request)
+
+    def _learn(self, done: _InFlight[Handle], result: StepResult, now: float, updates: StepUpdates) -> float:
         """Counts and learns; returns the seconds that the step took on the device."""
         plan, stats = done.plan, self.stats
         bucket = stats.buckets.setdefault(plan.bucket, BucketStats())
@@ -163,21 +218,20 @@ class EngineCore[Handle]:
         stats.scheduled_tokens += num_tokens
         bucket.steps += 1
         bucket.tokens += num_tokens
-        bucket.padded_tokens += plan.bucket.tokens - num_tokens
+        bucket.padded_tokens += plan.num_padded_tokens
         # A step starts on the device when it was launched or when its predecessor was done.
         step_s = result.device_s or now - max(done.launched, self._last_collected)
         self._last_collected = now
         weight = max(_STEP_TIME_WEIGHT, 1.0 / bucket.steps)
         bucket.mean_step_s += weight * (step_s - bucket.mean_step_s)
-        if self._costs is not None:
-            self._costs.observe(plan.bucket, features_of(plan), step_s)
-        for update in updates:
-            if update.request.finish_reason is FinishReason.STOP:
-                self._predictor.observe(update.request)
+        decode_steps = len(result.token_ids)
+        if self._costs is not None and decode_steps:  # none if all rows had stopped before
+            self._costs.observe(plan.bucket, features_of(plan), step_s / decode_steps)
         for request in self._scheduler.take_outgrown():
             self._predict(request)
             if self._recorder is not None:
                 self._recorder.predicted_again(request)
-        num_bad = sum(update.token_id is None for update in updates) if result.bad_rows else 0
-        stats.output_tokens += len(updates) - num_bad
+        if self._probing is not None:
+            self._land(self._probing, plan.step)
+        stats.output_tokens += len(updates.token_ids)
         return step_s

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from jaxserve.core.scheduler import RequestUpdate
+from jaxserve.core.updates import StepUpdates
 from jaxserve.engine.engine_core import EngineCore
 from jaxserve.engine.input_processor import RequestGroup
 from jaxserve.engine.output_processor import OutputProcessor
@@ -130,7 +130,7 @@ class EngineLoop:
 
     def _end_everybody(self, message: str) -> None:
         """Nobody may wait for ever, however broken the engine's state is."""
-        updates: list[RequestUpdate] = []
+        updates = StepUpdates()
         while True:
             with contextlib.suppress(Exception):
                 self._take_waiting_commands()

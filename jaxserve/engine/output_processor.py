@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from jaxserve.core.plan import TopLogprobs
-from jaxserve.core.scheduler import RequestUpdate
+from jaxserve.core.updates import StepUpdates
 from jaxserve.engine.input_processor import RequestGroup
 from jaxserve.loading.tokenizer import Tokenizer
 from jaxserve.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
@@ -162,31 +162,37 @@ class OutputProcessor:
             return []
         return [c.request.id for c in state.completions if c.output.finish_reason is None]
 
-    def process(self, updates: Iterable[RequestUpdate]) -> list[RequestOutput]:
+    def process(self, updates: StepUpdates) -> list[RequestOutput]:
         """Applies a step's updates; returns the outputs that their callers should see now."""
         touched: dict[_Group, None] = {}
-        for update in updates:
-            entry = self._by_request.get(update.request)
+        for request, token_id, logprobs in updates.tokens():
+            entry = self._by_request.get(request)
             if entry is None:
                 continue  # ended by a stop string already
             group, completion = entry
-            stop = None if update.token_id is None else completion.add(update.token_id, update.logprobs)
+            stop = completion.add(token_id, logprobs)
             if stop is not None:
-                completion.finish(FinishReason.STOP, stop)
-                if not update.finished:
-                    self._end_request(update.request.id, stop)
-            elif update.finished:
-                completion.finish(update.request.finish_reason, update.request.stop_reason)
-            if completion.output.finish_reason is not None:
-                del self._by_request[update.request]
-                group.num_open -= 1
+                self._finish(request, FinishReason.STOP, stop)
+                if not request.is_finished:
+                    self._end_request(request.id, stop)
             if group.streams or group.num_open == 0:
                 touched[group] = None
+        for request in updates.ended:
+            if request in self._by_request:
+                group = self._finish(request, request.finish_reason, request.stop_reason)
+                if group.streams or group.num_open == 0:
+                    touched[group] = None
         outputs = [group.output() for group in touched]
         for group in touched:
             if group.num_open == 0:
                 del self._groups[group.group.id]
         return outputs
+
+    def _finish(self, request: Request, reason: FinishReason | None, stop: int | str | None) -> _Group:
+        group, completion = self._by_request.pop(request)
+        completion.finish(reason, stop)
+        group.num_open -= 1
+        return group
 
     def fail_rest(self, error: str) -> list[RequestOutput]:
         """Ends whatever is still open: for an engine that lost track of its requests."""

@@ -10,16 +10,18 @@ they happened (``e`` is the kind, ``t`` seconds on the engine's clock):
 - ``pages``: request ``n`` ended; numbers of all the pages that it filled, those with its output included.
 - ``end``: a request was ended from outside (an abort, a stop string).
 - ``plan``: a step was planned; the plan's digest, or null if nothing could run.
-- ``done``: the oldest step's result was read; seconds it took on the device, requests that ended with a stop
-  token, rows that were bad, loads from the host that had arrived.
+- ``done``: the oldest step's result was read; its seconds on the device, and how many decode steps it had.
+  ``stopped`` has the requests that ended with a stop token, and how many tokens of the step they got;
+  ``bad_rows`` the decode step and the row where logits were not finite; ``arrived`` the loads that had come.
 - ``predict``: a request had outgrown its prediction and got another.
+- ``refresh``: a look at a request's hidden state changed its prediction, behind the newest ``plan``.
 """
 
 from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, final
 
@@ -27,7 +29,7 @@ from jaxserve.core.assembly import Assembly
 from jaxserve.core.cost_model import StepCost
 from jaxserve.core.plan import StepPlan, StepResult, plan_digest
 from jaxserve.core.roofline import prior_to_json
-from jaxserve.core.scheduler import RequestUpdate
+from jaxserve.core.updates import StepUpdates
 from jaxserve.errors import ConfigError
 from jaxserve.request import FinishReason, Request
 
@@ -78,19 +80,17 @@ class Recorder:
     def planned(self, plan: StepPlan | None, now: float) -> None:
         self._write({"e": "plan", "t": now, "plan": None if plan is None else plan_digest(plan)})
 
-    def collected(
-        self, result: StepResult, updates: Iterable[RequestUpdate], now: float, step_s: float
-    ) -> None:
-        stopped = [u.request.id for u in updates if u.request.finish_reason is FinishReason.STOP]
-        bad = list(result.bad_rows)
+    def collected(self, result: StepResult, updates: StepUpdates, now: float, step_s: float) -> None:
+        stopped = {request.id: updates.requests.count(request) for request in updates.stopped}
         self._write(
             {
                 "e": "done",
                 "t": now,
                 "step_s": step_s,
+                "decode_steps": len(result.token_ids),
                 "stopped": stopped,
-                "bad_rows": bad,
-                "arrived": list(result.arrived),
+                "bad_rows": result.bad_rows,
+                "arrived": result.arrived,
             }
         )
 
@@ -101,6 +101,9 @@ class Recorder:
 
     def predicted_again(self, request: Request) -> None:
         self._write({"e": "predict", "id": request.id, "predicted": _prediction(request)})
+
+    def refreshed(self, request: Request) -> None:
+        self._write({"e": "refresh", "id": request.id, "predicted": _prediction(request)})
 
 
 class _PageNumbers:

@@ -64,6 +64,7 @@ def make_manifest(
         "num_pages": resolved.num_pages,
         "row_buckets": resolved.ladder.decode_rows,
         "token_buckets": resolved.ladder.mixed_tokens,
+        "max_decode_steps": resolved.ladder.decode_steps,
         "tensor_parallel_size": config.parallel.tensor_parallel_size,
         "attention": config.runner.attention,
     }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxserve.core.batch import StepBatch, prepare
-from jaxserve.core.plan import Admission, Bucket, StepPlan, StepResult, TopLogprobs
+from jaxserve.core.plan import Admission, Bucket, StepPlan, StepResult, StepRows, TopLogprobs
+from jaxserve.core.probing import Probe, ProbeResult
 from jaxserve.core.resume_costs import NO_HOST, HostTier
 from jaxserve.models.decoder import Decoder
 from jaxserve.models.pairs import pair_views
@@ -20,18 +22,19 @@ from jaxserve.pallas_kernels.ragged_paged_attention.api import Implementation
 from jaxserve.runner.compile_counter import compile_counter
 from jaxserve.runner.kv_cache import cache_shapes
 from jaxserve.runner.page_swap import PageSwapper
+from jaxserve.runner.probes import ProbeHandle, ProbeOptions, ProbePrograms
 from jaxserve.runner.programs import Programs
 from jaxserve.runner.resolve import ResolvedConfig
 from jaxserve.runner.sampler import Sampled, is_greedy
 from jaxserve.runner.slots import SlotState, admission_rows, empty_slots
-from jaxserve.runner.step import Caches
+from jaxserve.runner.step import NOT_FINITE, NOT_SAMPLED, Caches, StepOutput
 
 
 class StepHandle(NamedTuple):
     """A step on its way: device arrays that fill when it has run."""
 
     plan: StepPlan
-    sampled: Sampled
+    output: StepOutput
     logprob_counts: list[int] | None  # per row, -1 for none; None if no row wants any
 
 
@@ -43,7 +46,9 @@ def admission_sizes(num_slots: int) -> tuple[int, ...]:
 class ModelRunner:
     """Holds parameters, KV caches and slots; implements `jaxserve.core.batch.Executor`.
 
-    Steps run in dispatch order because each takes the caches and slots that its predecessor returns.
+    Steps run in dispatch order because each takes the caches and slots that its predecessor returns. With
+    ``probes`` it is a `jaxserve.core.probing.Prober` as well: a probe takes the slots that the newest step
+    returns, and the next step cannot overwrite them before it has run.
     """
 
     def __init__(
@@ -58,6 +63,7 @@ class ModelRunner:
         pairs_single_rows: bool,
         branches_on_host: bool,
         on_compiled: Callable[[], object] = lambda: None,
+        probes: ProbeOptions | None = None,
     ) -> None:
         self._params = params
         # Views of the same memory; a mesh of several devices would cut pairs apart.
@@ -69,8 +75,16 @@ class ModelRunner:
         self._logprob_counts = [-1] * resolved.num_slots
         self._is_greedy = [True] * resolved.num_slots
         replicated = placement.sharding()
-        self._slots: SlotState = jax.device_put(
-            empty_slots(resolved.num_slots, resolved.max_model_len, resolved.layout.page_size), replicated
+        slots = empty_slots(resolved.num_slots, resolved.max_model_len, resolved.layout.page_size)
+        layers = () if probes is None else probes.layers
+        if layers:
+            shape = (resolved.num_slots, len(layers), module.config.hidden_size)
+            slots = dataclasses.replace(slots, hidden=jnp.zeros(shape, resolved.dtype))
+        self._slots: SlotState = jax.device_put(slots, replicated)
+        self._probes = (
+            None
+            if probes is None or self._slots.hidden is None
+            else ProbePrograms(probes, self._slots.hidden, placement)
         )
         self._caches: Caches = _empty_caches(resolved, module.config.num_layers, placement)
         self._programs = Programs(
@@ -84,6 +98,7 @@ class ModelRunner:
             slots=self._slots,
             branches_on_host=branches_on_host,
             on_compiled=on_compiled,
+            hidden_layers=layers,
         )
         self._swapper = (
             PageSwapper(self._caches, resolved.block_pages, placement) if resolved.host_blocks else None
@@ -119,46 +134,65 @@ class ModelRunner:
             self._caches = self._swapper.run(plan, self._caches)
         if plan.admissions:
             self._admit(list(plan.admissions))
-        greedy = all(self._is_greedy[row.slot] for row in plan.rows)
-        sampled = self._run(plan.bucket, batch.rows, batch.page_updates, greedy=greedy)
-        sampled.token_ids.copy_to_host_async()
-        if greedy:
-            return StepHandle(plan, sampled, None)
-        counts = [self._logprob_counts[row.slot] if row.samples else -1 for row in plan.rows]
+        greedy = all(self._is_greedy[slot] for slot in plan.rows.slots)
+        output = self._run(plan.bucket, batch.rows, batch.page_updates, greedy=greedy)
+        output.token_ids.copy_to_host_async()
+        sampled = output.sampled
+        if greedy or sampled is None:
+            return StepHandle(plan, output, None)
+        counts = [
+            self._logprob_counts[slot] if samples else -1
+            for slot, samples in zip(plan.rows.slots, plan.rows.samples, strict=True)
+        ]
         if max(counts) < 0:
-            return StepHandle(plan, sampled, None)
+            return StepHandle(plan, output, None)
         for array in (sampled.chosen_logprob, sampled.rank, sampled.top_ids, sampled.top_logprobs):
             array.copy_to_host_async()
-        return StepHandle(plan, sampled, counts)
+        return StepHandle(plan, output, counts)
 
     def collect(self, handle: StepHandle) -> StepResult:
         """Waits for a step and reads what it sampled."""
-        token_ids: list[int] = np.asarray(handle.sampled.token_ids)[: len(handle.plan.rows)].tolist()
-        bad_rows: tuple[int, ...] = ()
-        if token_ids and min(token_ids) < 0:
-            rows = handle.plan.rows
-            bad_rows = tuple(i for i, token_id in enumerate(token_ids) if token_id < 0 and rows[i].samples)
-        logprobs = (
-            None if handle.logprob_counts is None else _read_logprobs(handle.sampled, handle.logprob_counts)
-        )
+        plan, output = handle.plan, handle.output
+        token_ids = np.asarray(output.token_ids)[:, : len(plan.rows)]
+        if plan.is_loop:
+            token_ids = token_ids[(token_ids != NOT_SAMPLED).any(axis=1)]  # the steps before it ended
+        bad_rows: tuple[tuple[int, int], ...] = ()
+        if (token_ids < 0).any():
+            bad = np.argwhere(token_ids == NOT_FINITE).tolist()
+            bad_rows = tuple((decode_step, row) for decode_step, row in bad)
+        logprobs = None
+        if output.sampled is not None and handle.logprob_counts is not None:
+            logprobs = _read_logprobs(output.sampled, handle.logprob_counts)
         arrived = () if self._swapper is None else self._swapper.arrived()
-        return StepResult(token_ids, logprobs, bad_rows, arrived)
+        return StepResult(token_ids.tolist(), logprobs, bad_rows, arrived)
+
+    def launch_probe(self, probes: Sequence[Probe]) -> ProbeHandle:
+        """Implements `jaxserve.core.probing.Prober`, for a runner that was made with ``probes``."""
+        assert self._probes is not None
+        assert self._slots.hidden is not None
+        return self._probes.launch(self._slots.hidden, probes)
+
+    def read_probe(self, handle: ProbeHandle) -> ProbeResult:
+        """What a probe found."""
+        assert self._probes is not None
+        return self._probes.read(handle)
 
     def close(self) -> None:
         """Drops every reference to device memory."""
-        del self._params, self._single_row_params, self._caches, self._slots, self._programs, self._swapper
+        del self._params, self._single_row_params, self._caches, self._slots, self._programs
+        del self._probes, self._swapper
 
-    def _run(self, bucket: Bucket, rows: Any, page_updates: Any, *, greedy: bool) -> Sampled:
-        self._caches, self._slots, sampled = self._programs.step(bucket, greedy=greedy)(
+    def _run(self, bucket: Bucket, rows: Any, page_updates: Any, *, greedy: bool) -> StepOutput:
+        self._caches, self._slots, output = self._programs.step(bucket, greedy=greedy)(
             self._params_of(bucket), self._caches, self._slots, rows, page_updates
         )
-        return sampled
+        return output
 
     def _params_of(self, bucket: Bucket) -> Params:
         return self._single_row_params if bucket.tokens == 1 else self._params
 
     def _run_empty(self, bucket: Bucket, *, greedy: bool) -> None:
-        batch = self.prepare(StepPlan(step=0, rows=(), bucket=bucket))
+        batch = self.prepare(StepPlan(step=0, rows=StepRows(), bucket=bucket))
         np.asarray(self._run(bucket, batch.rows, batch.page_updates, greedy=greedy).token_ids)
 
     def _admit(self, admissions: list[Admission]) -> None:

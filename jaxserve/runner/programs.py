@@ -6,6 +6,7 @@ silent compilation.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 from collections.abc import Callable, Iterable
@@ -48,6 +49,7 @@ class Programs:
         slots: SlotState,
         branches_on_host: bool,
         on_compiled: Callable[[], object],
+        hidden_layers: tuple[int, ...] = (),
     ) -> None:
         replicated = placement.sharding()
         jobs: dict[_Key, Callable[[], jax.stages.Lowered]] = {}
@@ -55,7 +57,15 @@ class Programs:
         self.kinds = (False, True) if branches_on_host else (False,)
         for bucket, greedy in itertools.product(buckets, self.kinds):
             step = jax.jit(
-                make_step(module, bucket, placement, implementation, greedy=greedy),
+                make_step(
+                    module,
+                    bucket,
+                    placement,
+                    implementation,
+                    greedy=greedy,
+                    exits_early=not branches_on_host,
+                    hidden_layers=hidden_layers,
+                ),
                 donate_argnums=(1, 2),
                 out_shardings=(jax.tree.map(lambda array: array.sharding, caches), replicated, replicated),
             )
@@ -67,7 +77,7 @@ class Programs:
             index = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=replicated)
             new = jax.tree.map(
                 lambda a: jax.ShapeDtypeStruct((size, *a.shape[1:]), a.dtype, sharding=replicated),  # noqa: B023
-                slots,
+                dataclasses.replace(slots, hidden=None),
             )
             jobs[size] = _job(write, slots, index, new)
         self._compiled = _compile_all(jobs, on_compiled)

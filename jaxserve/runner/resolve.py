@@ -10,7 +10,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxserve.config import EngineConfig
-from jaxserve.core.buckets import BucketLadder, default_decode_rows, default_mixed_tokens
+from jaxserve.core.buckets import (
+    BucketLadder,
+    check_decode_steps,
+    default_decode_rows,
+    default_mixed_tokens,
+)
 from jaxserve.core.resume_costs import pages_of_a_block
 from jaxserve.errors import ConfigError
 from jaxserve.models.config import DecoderConfig
@@ -76,6 +81,7 @@ def resolve(config: EngineConfig, platform: Platform, model: DecoderConfig, mesh
         model.head_dim,
         jnp.dtype(kv_dtype),
     )
+    check_decode_steps(ladder.decode_steps, layout.page_size)
     layout = dataclasses.replace(platform.order_kv(layout), num_kv_heads=model.num_kv_heads)
     wanted_len = config.model.max_model_len or model.max_position_embeddings
     if wanted_len > model.max_position_embeddings:
@@ -145,7 +151,12 @@ def _ladder(config: EngineConfig, platform: Platform, num_slots: int) -> BucketL
     tokens = runner.token_buckets or default_mixed_tokens(budget, rows[-1])
     if tokens[0] <= rows[-1]:
         raise ConfigError(f"token_buckets={tokens}: each must exceed the {rows[-1]} rows of a mixed step")
-    return BucketLadder(decode_rows=rows, mixed_tokens=tokens, mixed_rows=rows[-1])
+    return BucketLadder(
+        decode_rows=rows,
+        mixed_tokens=tokens,
+        mixed_rows=rows[-1],
+        decode_steps=config.scheduler.max_decode_steps,
+    )
 
 
 def _affordable_pages(

@@ -183,6 +183,18 @@ def take_best(logits: jax.Array) -> Sampled:
     return Sampled(token_ids, *report, finite)
 
 
+def has_stopped(state: SamplingState, token_ids: jax.Array, position: jax.Array) -> jax.Array:
+    """Whether a token is a stop token that ends its row, bool [R]; the rule of `updates.finish_reason`.
+
+    Args:
+        state: the rows' parameters.
+        token_ids: int32 [R].
+        position: int32 [R]; of these tokens in their rows' histories.
+    """
+    is_stop = jnp.any(state.stop_ids == token_ids[:, None], axis=1)
+    return is_stop & (position + 1 - state.prompt_len > state.min_tokens)
+
+
 def is_greedy(params: SamplingParams) -> bool:
     """Whether a request always takes the best token of the model's own logits and asks for nothing else."""
     edits = (

@@ -10,6 +10,7 @@ token is written where the next step reads its input, so it feeds that step with
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -28,11 +29,14 @@ class SlotState:
         tokens: int32 [slots, max_model_len + 1].
         page_table: int32 [slots, max pages of a request].
         sampling: arrays [slots, ...].
+        hidden: [slots, layers, D] in the model's dtype, each slot's residual stream where it sampled last;
+            None unless somebody asks for it.
     """
 
     tokens: jax.Array
     page_table: jax.Array
     sampling: SamplingState
+    hidden: jax.Array | None = None
 
 
 def empty_slots(num_slots: int, max_model_len: int, page_size: int) -> SlotState:
@@ -54,8 +58,14 @@ def admission_rows(
 
 
 def write_rows(state: SlotState, index: jax.Array, rows: SlotState) -> SlotState:
-    """Puts whole rows into slots; jitted with ``state`` donated."""
-    return jax.tree.map(lambda old, new: old.at[index].set(new, mode="drop"), state, rows)
+    """Puts whole rows into slots; jitted with ``state`` donated.
+
+    Hidden states stay: a step writes them before anybody reads them.
+    """
+    written = jax.tree.map(
+        lambda old, new: old.at[index].set(new, mode="drop"), dataclasses.replace(state, hidden=None), rows
+    )
+    return dataclasses.replace(written, hidden=state.hidden)
 
 
 def _rows(
@@ -91,3 +101,11 @@ def write_sampled(
 ) -> jax.Array:
     """Writes each sampled id where its slot's next step reads it; rows that did not sample write nothing."""
     return tokens.at[jnp.where(samples, slot, tokens.shape[0]), position].set(ids, mode="drop")
+
+
+def write_hidden(
+    hidden: jax.Array, slot: jax.Array, states: Sequence[jax.Array], samples: jax.Array
+) -> jax.Array:
+    """Writes what each layer had at the position that was sampled from, [R, D] a layer."""
+    rows = jnp.stack(states, axis=1).astype(hidden.dtype)
+    return hidden.at[jnp.where(samples, slot, hidden.shape[0])].set(rows, mode="drop")

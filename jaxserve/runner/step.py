@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +24,38 @@ from jaxserve.pallas_kernels.ragged_paged_attention.api import (
 )
 from jaxserve.pallas_kernels.ragged_paged_attention.metadata import token_places
 from jaxserve.runner.kv_cache import cache_specs
-from jaxserve.runner.sampler import Sampled, sample, take_best
-from jaxserve.runner.slots import SlotState, take, take_sampling, update_pages, write_sampled
+from jaxserve.runner.sampler import Sampled, has_stopped, sample, take_best
+from jaxserve.runner.slots import SlotState, take, take_sampling, update_pages, write_hidden, write_sampled
+
+NOT_FINITE = -1  # in place of a token id: the row's logits were not
+NOT_SAMPLED = -2  # the row of a loop has stopped
 
 Caches = tuple[KVPages, ...]
-StepFn = Callable[[Params, Caches, SlotState, jax.Array, jax.Array], tuple[Caches, SlotState, Sampled]]
+
+
+class StepOutput(NamedTuple):
+    """What a step sampled.
+
+    Attributes:
+        token_ids: int32 [decode steps, R]; `NOT_FINITE` or `NOT_SAMPLED` in place of an id.
+        sampled: the same with log-probabilities; None in a loop, which reports none.
+    """
+
+    token_ids: jax.Array
+    sampled: Sampled | None
+
+
+class _StepRows(NamedTuple):
+    """The rows of one forward pass, each [R]: slot, start, number of tokens, whether it samples (bool)."""
+
+    slot: jax.Array
+    start: jax.Array
+    num_tokens: jax.Array
+    samples: jax.Array
+
+
+StepFn = Callable[[Params, Caches, SlotState, jax.Array, jax.Array], tuple[Caches, SlotState, StepOutput]]
+_ForwardFn = Callable[[Params, Caches, SlotState, _StepRows], tuple[Caches, SlotState, Sampled]]
 
 
 def make_step(
@@ -38,22 +65,126 @@ def make_step(
     implementation: Implementation,
     *,
     greedy: bool = False,
+    exits_early: bool = True,
+    hidden_layers: tuple[int, ...] = (),
 ) -> StepFn:
     """The function that `Programs` compiles for a bucket; caches and slots are donated.
 
     Its arguments: parameters, one `KVPages` a layer, slots, ``StepBatch.rows`` int32 [4, R] and
-    ``StepBatch.page_updates`` int32 [3, R]. It returns caches, slots, and what was sampled per row.
+    ``StepBatch.page_updates`` int32 [3, R]. It returns caches, slots, and what was sampled.
 
     Args:
         greedy: for steps of which every row `is_greedy`.
+        exits_early: a loop ends with its last row; if not, it always takes all of its steps, so that the host
+            need not look at the device after each.
+        hidden_layers: whose states ``slots.hidden`` takes (`Decoder.with_states`); none: it is None.
     """
+    forward = _make_forward(
+        module, bucket, placement, implementation, greedy=greedy, hidden_layers=hidden_layers
+    )
 
     def step(
         params: Params, caches: Caches, slots: SlotState, rows: jax.Array, page_updates: jax.Array
+    ) -> tuple[Caches, SlotState, StepOutput]:
+        slots = dataclasses.replace(slots, page_table=update_pages(slots.page_table, page_updates))
+        step_rows = _StepRows(rows[0], rows[1], rows[2], rows[3] > 0)
+        if bucket.decode_steps > 1:
+            loop = _make_loop(functools.partial(forward, params), bucket, exits_early=exits_early)
+            return loop(caches, slots, step_rows)
+        caches, slots, sampled = forward(params, caches, slots, step_rows)
+        return caches, slots, StepOutput(_token_ids(sampled)[None], sampled)
+
+    return step
+
+
+def _token_ids(sampled: Sampled) -> jax.Array:
+    """One array to read per step: a row whose logits were not finite reports a negative id."""
+    return jnp.where(sampled.finite, sampled.token_ids, NOT_FINITE)
+
+
+class _Loop(NamedTuple):
+    """What a loop carries: how many steps are done, which rows go on, and which have stopped."""
+
+    num_done: jax.Array
+    running: jax.Array
+    stopped: jax.Array
+    token_ids: jax.Array
+    caches: Caches
+    slots: SlotState
+
+
+def _make_loop(
+    forward: Callable[[Caches, SlotState, _StepRows], tuple[Caches, SlotState, Sampled]],
+    bucket: Bucket,
+    *,
+    exits_early: bool,
+) -> Callable[[Caches, SlotState, _StepRows], tuple[Caches, SlotState, StepOutput]]:
+    """Decode steps one after the other, each row until its stop token or its ``num_tokens``.
+
+    A row that stops leaves a mark where the next step of its request begins. If that is a loop, and in flight
+    already, it does nothing for this row.
+    """
+
+    def run(caches: Caches, slots: SlotState, rows: _StepRows) -> tuple[Caches, SlotState, StepOutput]:
+        sampling = take_sampling(slots.sampling, rows.slot)
+        newest = slots.tokens.at[rows.slot, rows.start].get(mode="fill", fill_value=0)
+        stopped = (newest < 0) | has_stopped(sampling, newest, rows.start)
+
+        def goes_on(loop: _Loop) -> jax.Array:
+            is_left = loop.num_done < bucket.decode_steps
+            return is_left & jnp.any(loop.running) if exits_early else is_left
+
+        def advance(loop: _Loop) -> _Loop:
+            running = loop.running
+            position = jnp.where(running, rows.start + loop.num_done, 0)
+            # Rows that have stopped are padding from then on.
+            slot = jnp.where(running, rows.slot, loop.slots.tokens.shape[0])
+            now = _StepRows(slot, position, running.astype(jnp.int32), running)
+            caches, slots, sampled = forward(loop.caches, loop.slots, now)
+            ends = has_stopped(sampling, sampled.token_ids, position + 1) | ~sampled.finite
+            stopped = loop.stopped | (running & ends)
+            num_done = loop.num_done + 1
+            return _Loop(
+                num_done,
+                running & ~stopped & (num_done < rows.num_tokens),
+                stopped,
+                loop.token_ids.at[loop.num_done].set(jnp.where(running, _token_ids(sampled), NOT_SAMPLED)),
+                caches,
+                slots,
+            )
+
+        first = _Loop(
+            jnp.int32(0),
+            ~stopped & (rows.num_tokens > 0),
+            stopped,
+            jnp.full((bucket.decode_steps, bucket.rows), NOT_SAMPLED, jnp.int32),
+            caches,
+            slots,
+        )
+        last = jax.lax.while_loop(goes_on, advance, first)
+        mark, end = jnp.full_like(rows.slot, NOT_SAMPLED), rows.start + rows.num_tokens
+        tokens = write_sampled(last.slots.tokens, rows.slot, end, mark, last.stopped)
+        return last.caches, dataclasses.replace(last.slots, tokens=tokens), StepOutput(last.token_ids, None)
+
+    return run
+
+
+def _make_forward(
+    module: Decoder,
+    bucket: Bucket,
+    placement: Placement,
+    implementation: Implementation,
+    *,
+    greedy: bool,
+    hidden_layers: tuple[int, ...],
+) -> _ForwardFn:
+    """One pass of the model over the rows, and a token for each that samples."""
+
+    def forward(
+        params: Params, caches: Caches, slots: SlotState, rows: _StepRows
     ) -> tuple[Caches, SlotState, Sampled]:
         model = bind(module, params)
-        slot, start, num_tokens, samples = rows[0], rows[1], rows[2], rows[3] > 0
-        slots = dataclasses.replace(slots, page_table=update_pages(slots.page_table, page_updates))
+        slot, start, num_tokens, samples = rows
         end = start + num_tokens
         ends = jnp.cumsum(num_tokens)
         metadata = AttentionMetadata(
@@ -66,8 +197,14 @@ def make_step(
         positions = jnp.maximum(places.position, 0)
         token_ids = slots.tokens.at[slot[places.row], positions].get(mode="fill", fill_value=0)
         attend = _make_attend(metadata, cache_specs(caches[0], placement), placement, implementation)
-        hidden, caches = model(token_ids, positions, caches, attend)
-        logits = model.logits(hidden[jnp.maximum(ends - 1, 0)])
+        hidden, caches, states = model.with_states(token_ids, positions, caches, attend, layers=hidden_layers)
+        last = jnp.maximum(ends - 1, 0)
+        logits = model.logits(hidden[last])
+        if slots.hidden is not None:
+            rows_of_layers = [state[last] for state in states]
+            slots = dataclasses.replace(
+                slots, hidden=write_hidden(slots.hidden, slot, rows_of_layers, samples)
+            )
         # Rows that do not sample have no position, and so cost nothing in the sampler.
         position = jnp.where(samples, end, 0)
         if greedy:
@@ -75,11 +212,9 @@ def make_step(
         else:
             sampled = sample(logits, take_sampling(slots.sampling, slot), take(slots.tokens, slot), position)
         tokens = write_sampled(slots.tokens, slot, end, sampled.token_ids, samples)
-        # One array to read per step: a row whose logits were not finite reports a negative id.
-        sampled = sampled._replace(token_ids=jnp.where(sampled.finite, sampled.token_ids, -1))
         return caches, dataclasses.replace(slots, tokens=tokens), sampled
 
-    return step
+    return forward
 
 
 def _make_attend(

@@ -29,6 +29,7 @@ _log = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = 16 * 2**20  # a million token ids are 3 to 5 MB
 _MAX_METADATA_BYTES = 16 * 2**10
+_MANY = 2**31 - 1
 _HEALTH_PERIOD_S = 0.25
 _FLUSH_S = 2.0  # for the last messages of requests that have just ended
 _CHANNEL_OPTIONS = (
@@ -40,6 +41,10 @@ _CHANNEL_OPTIONS = (
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    # Calls that arrive faster than they are taken wait. By default gRPC ends some of them, from 1,000 on,
+    # with CANCELLED, as if their clients had; past `max_concurrent_rpcs` they get RESOURCE_EXHAUSTED.
+    ("grpc.server.max_pending_requests", _MANY),
+    ("grpc.server.max_pending_requests_hard_limit", _MANY),
     ("grpc.so_reuseport", 0),  # otherwise a second server binds the same port and takes half of the calls
 )
 

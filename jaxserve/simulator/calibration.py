@@ -24,7 +24,7 @@ _MOST_ROUNDS = 50
 
 
 def samples_of(records: Sequence[Mapping[str, Any]]) -> list[Sample]:
-    """(bucket, features, seconds) of every step of a recording.
+    """(bucket, features, seconds) of every step of a recording; of a loop those of its mean decode step.
 
     Raises:
         ConfigError: if its plans cannot be made again, so that nobody knows what was timed.
@@ -32,10 +32,11 @@ def samples_of(records: Sequence[Mapping[str, Any]]) -> list[Sample]:
     found = replay(records)
     if found.first_difference is not None:
         raise ConfigError(f"recording: plan {found.first_difference} differs in its replay")
-    times = [record["step_s"] for record in records if record["e"] == "done"]
+    results = [record for record in records if record["e"] == "done"]
     return [
-        (plan.bucket, features_of(plan), seconds)
-        for plan, seconds in zip(found.plans, times, strict=False)  # the last may never have been read
+        (plan.bucket, features_of(plan), result["step_s"] / result["decode_steps"])
+        for plan, result in zip(found.plans, results, strict=False)  # the last may never have been read
+        if result["decode_steps"]  # else all of its rows had stopped before
     ]
 
 

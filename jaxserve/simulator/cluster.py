@@ -9,7 +9,12 @@ from typing import Any
 
 from jaxserve.config import SchedulerConfig
 from jaxserve.core.assembly import Assembly
-from jaxserve.core.buckets import BucketLadder, default_decode_rows, default_mixed_tokens
+from jaxserve.core.buckets import (
+    BucketLadder,
+    check_decode_steps,
+    default_decode_rows,
+    default_mixed_tokens,
+)
 from jaxserve.core.cost_model import StepCost
 from jaxserve.core.resume_costs import HostTier, pages_of_a_block
 from jaxserve.core.roofline import DeviceProfile, ModelShape, Roofline, model_shape
@@ -88,7 +93,9 @@ def make_cluster(config: ClusterConfig, scheduler: SchedulerConfig) -> Cluster:
         config.row_buckets or default_decode_rows(slots, 1),
         config.token_buckets or default_mixed_tokens(budget, slots),
         slots,
+        scheduler.max_decode_steps,
     )
+    check_decode_steps(ladder.decode_steps, config.page_size)
     if ladder.decode_rows[-1] < slots or ladder.mixed_tokens[0] <= slots:
         raise ConfigError(f"row_buckets must reach max_num_seqs={slots}, and token_buckets exceed it")
     assembly = Assembly(

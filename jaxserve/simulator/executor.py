@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
+from itertools import repeat
 from typing import NamedTuple, Protocol, final
 
 from jaxserve.core.batch import StepBatch
@@ -21,12 +23,12 @@ class StepTimes(Protocol):
 
 
 class SimulatedStep(NamedTuple):
-    """A step that was dispatched."""
+    """A step that was dispatched; its token ids are as in `StepResult`."""
 
     plan: StepPlan
     start: float
     end: float
-    token_ids: list[int]
+    token_ids: list[list[int]]
 
 
 @final
@@ -86,7 +88,8 @@ class CostExecutor:
         for request_id in plan.preempted_ids:
             self._preempted_at[request_id] = self._clock.now
         features = features_of(plan)
-        step_s = self._times.predict(plan.bucket, features)
+        decode_steps = self._decode_steps(plan)
+        step_s = decode_steps * self._times.predict(plan.bucket, features)
         self._clock.now += self._host_s
         start = max(self._clock.now, self._free_at)
         if plan.saves or plan.loads or plan.landings:
@@ -94,9 +97,14 @@ class CostExecutor:
         self._free_at = end = start + step_s
         self.busy_s += step_s
         self.num_dispatched += 1
-        self.num_prefill_tokens += features.tokens - features.sequences
-        self.num_padded_tokens += plan.bucket.tokens - features.tokens
-        token_ids = [STOP_TOKEN if row[2] + row[3] == last[row[1]] else TOKEN for row in plan.rows]
+        self.num_prefill_tokens += 0 if plan.is_loop else features.tokens - features.sequences
+        self.num_padded_tokens += plan.num_padded_tokens
+        rows = plan.rows
+        token_ids: list[list[int]] = []
+        for turn in range(1, decode_steps + 1):
+            ends = map(operator.add, rows.starts, repeat(turn) if plan.is_loop else rows.num_tokens)
+            is_last = map(operator.eq, ends, map(last.__getitem__, rows.slots))
+            token_ids.append([STOP_TOKEN if stop else TOKEN for stop in is_last])
         step = SimulatedStep(plan, start, end, token_ids)
         if self.steps is not None:
             self.steps.append(step)
@@ -126,19 +134,29 @@ class CostExecutor:
         return tuple(new)
 
     def collect(self, handle: SimulatedStep) -> StepResult:
-        end, rows = handle.end, handle.plan.rows
+        end, plan, rows = handle.end, handle.plan, handle.plan.rows
         self._clock.advance_to(end)
         chunks = 0
-        for row in reversed(rows):
-            if row[3] == 1:
+        for index in () if plan.is_loop else range(len(rows) - 1, -1, -1):
+            if rows.num_tokens[index] == 1:
                 break
             chunks += 1
-            if row[4] and row[0] in self._preempted_at:  # it goes on after having been preempted
-                self.gaps.append((end - self._preempted_at.pop(row[0]), 1))
-        decodes = len(rows) - chunks
-        if decodes and self._last_end is not None:
-            self.gaps.append((end - self._last_end, decodes))
-        self._last_end = end
-        self.token_times.append((end, len(rows)))
+            request_id = rows.request_ids[index]
+            if rows.samples[index] and request_id in self._preempted_at:  # it was, and goes on
+                self.gaps.append((end - self._preempted_at.pop(request_id), 1))
+        for decode_step in range(len(handle.token_ids)):
+            count = sum([length > decode_step for length in rows.num_tokens]) if decode_step else len(rows)
+            if count > chunks and self._last_end is not None:  # the tokens of a loop come all at once
+                self.gaps.append((end - self._last_end, count - chunks))
+            self._last_end = end
+            self.token_times.append((end, count))
         arrived = self._arrived() if self._arrivals else ()
         return StepResult(handle.token_ids, arrived=arrived, device_s=end - handle.start)
+
+    def _decode_steps(self, plan: StepPlan) -> int:
+        """Decode steps that run: a loop ends when the last of its rows has its last token."""
+        if not plan.is_loop:
+            return 1
+        rows, last = plan.rows, self._last_position
+        left = [last[slot] - start for slot, start in zip(rows.slots, rows.starts, strict=True)]
+        return max(0, *map(min, rows.num_tokens, left))

@@ -112,9 +112,8 @@ class Instance:
         core, clock, executor = self.core, self.clock, self.executor
         while clock.now < time and core.has_work:
             before = executor.num_dispatched, core.stats.steps
-            for update in core.step():
-                if update[3]:
-                    self.finished.append(update[0])
-                    self.load_tokens -= self._loads.pop(update[0])
+            for request in core.step().ended:
+                self.finished.append(request)
+                self.load_tokens -= self._loads.pop(request)
             if before == (executor.num_dispatched, core.stats.steps) and core.has_work:
                 clock.advance_to(min(clock.now + IDLE_POLL_S, time))

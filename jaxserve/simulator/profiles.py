@@ -17,6 +17,9 @@ from jaxserve.core.cost_model import CostModel
 from jaxserve.core.roofline import DeviceProfile, ModelShape, Roofline, device_profile
 from jaxserve.errors import ConfigError
 
+# A bucket that has shown fewer steps hardly saw different contexts: what they cost it cannot say.
+_MIN_SAMPLES = 64
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredModel:
@@ -44,12 +47,13 @@ class Profile:
     def step_times(self, roofline: Roofline) -> tuple[CostModel, str]:
         """The times of steps, and in words how they are known.
 
-        Buckets that were measured with a model of this shape take the coefficients found for them.
+        Buckets that were measured often with a model of this shape take the coefficients found for them.
         """
         times = CostModel(roofline)
         for entry in self.measured:
             if entry.num_devices == roofline.num_devices and entry.model.is_alike(roofline.model):
-                times.load_json(entry.costs)
+                often = [bucket for bucket in entry.costs["buckets"] if bucket["samples"] >= _MIN_SAMPLES]
+                times.load_json({**entry.costs, "buckets": often})
                 return times, f"calibrated on {times.num_samples} steps of {entry.model.name}"
         if self.device.calibrated:
             names = ", ".join(entry.model.name for entry in self.measured)

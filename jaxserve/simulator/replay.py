@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, final
 from jaxserve.core.assembly import Assembly, assemble
 from jaxserve.core.batch import StepBatch
 from jaxserve.core.cost_model import CostModel
-from jaxserve.core.plan import StepPlan, StepResult, plan_digest
+from jaxserve.core.plan import ScheduledRow, StepPlan, StepResult, plan_digest
 from jaxserve.core.predictor import LengthPrediction
 from jaxserve.core.roofline import prior_from_json
 from jaxserve.engine.engine_core import EngineCore
@@ -70,19 +70,20 @@ class _RecordedExecutor:
     def collect(self, handle: StepPlan) -> StepResult:
         record = self._results.popleft()
         self._clock.advance_to(record["t"])
-        stopped = set(record["stopped"])
         token_ids = [
-            STOP_TOKEN
-            if row.request_id in stopped
-            else self._contents[row.request_id].at(row.start + row.num_tokens)
-            for row in handle.rows
+            [self._token(record["stopped"], handle, row, turn) for row in handle.rows]
+            for turn in range(1, record["decode_steps"] + 1)
         ]
-        return StepResult(
-            token_ids,
-            bad_rows=tuple(record["bad_rows"]),
-            arrived=tuple(record["arrived"]),
-            device_s=record["step_s"],
-        )
+        bad_rows = tuple((decode_step, row) for decode_step, row in record["bad_rows"])
+        arrived = tuple(record["arrived"])
+        return StepResult(token_ids, bad_rows=bad_rows, arrived=arrived, device_s=record["step_s"])
+
+    def _token(self, stopped: Mapping[str, int], plan: StepPlan, row: ScheduledRow, turn: int) -> int:
+        """What a row samples in a decode step, from 1."""
+        if stopped.get(row.request_id) == turn:
+            return STOP_TOKEN
+        position = row.start + (turn if plan.is_loop else row.num_tokens)
+        return self._contents[row.request_id].at(position)
 
 
 def replay(records: Sequence[Mapping[str, Any]]) -> Replay:
@@ -115,6 +116,8 @@ def replay(records: Sequence[Mapping[str, Any]]) -> Replay:
             tokens = BlockTokens(pages[record["n"]], page_size, record["prompt_tokens"], -1 - record["n"])
             contents[record["id"]] = tokens
             core.add(_request(record, tokens))
+        elif record["e"] == "refresh":
+            core.revise(record["id"], LengthPrediction(*record["predicted"]))
         elif record["e"] == "end":
             core.end(record["id"], FinishReason(record["reason"]))
         elif record["e"] == "plan":

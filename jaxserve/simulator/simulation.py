@@ -7,11 +7,14 @@ import dataclasses
 import gc
 import math
 import multiprocessing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import get_args
 
+from jaxserve.config import Prediction
 from jaxserve.core.decision_log import DecisionLog
+from jaxserve.core.fused_predictor import make_length_predictor
 from jaxserve.core.known_lengths import make_known_length_predictor
-from jaxserve.core.predictor import LengthPredictor, MeanLengthPredictor
+from jaxserve.core.predictor import LengthPredictor
 from jaxserve.errors import ConfigError
 from jaxserve.request import Request
 from jaxserve.simulator.cluster import Cluster
@@ -30,7 +33,7 @@ class SimulationOptions:
 
     Attributes:
         router: a name in `ROUTERS`.
-        predictor: ``mean`` (learns from what finished), or a name in `KNOWN_LENGTH_PREDICTORS`.
+        predictor: ``mean`` or ``fused`` (learn from what finished), or a name in `KNOWN_LENGTH_PREDICTORS`.
         sigma: of the noise of ``noisy`` and ``shuffled``.
         seed: of that noise.
         pipeline_depth: steps launched before their predecessor's result is read.
@@ -99,6 +102,7 @@ class SimulationResult:
             "e2e_mean_s": (sum(e2e) / len(e2e), "s"),
             "itl_p50_ms": (1e3 * weighted_percentile(self.gaps, 50), "ms"),
             "itl_p99_ms": (1e3 * weighted_percentile(self.gaps, 99), "ms"),
+            "wait_mean_s": (sum(waits) / len(waits), "s"),
             "wait_p99_s": (percentile(waits, 99), "s"),
             "wait_max_s": (max(waits), "s"),
             **self.counters,
@@ -111,12 +115,14 @@ def simulate(
     options: SimulationOptions,
     *,
     decision_log: DecisionLog | None = None,
+    predictor: LengthPredictor | None = None,
     jobs: int = 1,
 ) -> SimulationResult:
     """Runs every request to its end.
 
     Args:
         decision_log: of a cluster of one engine.
+        predictor: in place of the one that the options name; with one job.
         jobs: processes; more than one needs a router that does not look at the engines (round_robin).
 
     Raises:
@@ -129,7 +135,10 @@ def simulate(
     if longest > most:
         raise ConfigError(f"trace: a request has {longest} tokens, an engine's pages hold {most}")
     if jobs == 1 or cluster.num_engines == 1:
-        return _simulate_some(trace, cluster, options, range(cluster.num_engines), decision_log)
+        engines = range(cluster.num_engines)
+        return _simulate_some(trace, cluster, options, engines, decision_log, predictor)
+    if predictor is not None:
+        raise ConfigError(f"jobs={jobs}: a predictor of its own needs jobs=1")
     if options.router != "round_robin":
         raise ConfigError(f"jobs={jobs}: needs router=round_robin, not {options.router}")
     shares = [range(job, cluster.num_engines, jobs) for job in range(jobs)]
@@ -145,17 +154,18 @@ def _simulate_some(
     options: SimulationOptions,
     engines: range,
     decision_log: DecisionLog | None = None,
+    predictor: LengthPredictor | None = None,
 ) -> SimulationResult:
     """The part of a simulation that happens on some of the engines."""
     lengths = {str(index): row.output_tokens for index, row in enumerate(trace)}
-    predictor = _make_predictor(options, lengths)
+    make_predictor = (lambda: predictor) if predictor else _predictors(options, lengths)
     instances = {
         engine: Instance(
             cluster.assembly,
             prior=cluster.prior,
             times=cluster.times,
             lengths=lengths,
-            predictor=predictor,
+            predictor=make_predictor(),
             pipeline_depth=options.pipeline_depth,
             learns=options.learns,
             host_s=options.host_s,
@@ -180,28 +190,33 @@ def _run(
     options: SimulationOptions,
     instances: dict[int, Instance],
 ) -> None:
-    router, everyone = ROUTERS[options.router](), list(instances.values())
-    is_blind = options.router == "round_robin"
-    for index, row in enumerate(trace):
-        if is_blind:
-            instance = instances.get(index % num_engines)
-            if instance is None:
-                continue  # another process has it
-            instance.run_until(row.arrival_s)
-        else:
-            for instance in everyone:
-                instance.run_until(row.arrival_s)
-            instance = everyone[router.choose(index, everyone)]
+    def send(instance: Instance, index: int) -> None:
+        row = trace[index]
+        instance.run_until(row.arrival_s)
         limit = row.output_tokens if options.forces_lengths else max(_MOST_OUTPUT, row.output_tokens)
         instance.add(make_request(index, row, limit))
+
+    if options.router == "round_robin":  # nobody looks at another: each runs to its end, in warm caches
+        for engine, instance in instances.items():
+            for index in range(engine, len(trace), num_engines):
+                send(instance, index)
+            instance.run_until(math.inf)
+        return
+    router, everyone = ROUTERS[options.router](), list(instances.values())
+    for index, row in enumerate(trace):
+        for instance in everyone:
+            instance.run_until(row.arrival_s)
+        send(everyone[router.choose(index, everyone)], index)
     for instance in everyone:
         instance.run_until(math.inf)
 
 
-def _make_predictor(options: SimulationOptions, lengths: dict[str, int]) -> LengthPredictor:
-    if options.predictor == "mean":
-        return MeanLengthPredictor()
-    return make_known_length_predictor(options.predictor, lengths, sigma=options.sigma, seed=options.seed)
+def _predictors(options: SimulationOptions, lengths: dict[str, int]) -> Callable[[], LengthPredictor]:
+    """What makes an engine's predictor: one that learns is each engine's own."""
+    if options.predictor in get_args(Prediction):
+        return lambda: make_length_predictor(options.predictor)
+    known = make_known_length_predictor(options.predictor, lengths, sigma=options.sigma, seed=options.seed)
+    return lambda: known
 
 
 def _result(instances: dict[int, Instance]) -> SimulationResult:

@@ -42,6 +42,7 @@ def _step_event(engine: int, step: SimulatedStep) -> dict[str, Any]:
         "rows": len(plan.rows),
         "tokens": plan.num_tokens,
         "bucket": f"{plan.bucket.tokens} x {plan.bucket.rows}",
+        "decode_steps": plan.num_decode_steps,
         "admitted": [admission.request_id for admission in plan.admissions],
         "preempted": list(plan.preempted_ids),
     }
@@ -57,8 +58,8 @@ def _counter_events(engine: int, steps: Sequence[SimulatedStep]) -> list[dict[st
             "pid": engine,
             "ts": _US * step.start,
             "args": {
-                "decode": sum(row.num_tokens == 1 for row in step.plan.rows),
-                "prefill": sum(row.num_tokens > 1 for row in step.plan.rows),
+                "decode": step.plan.num_decodes,
+                "prefill": len(step.plan.rows) - step.plan.num_decodes,
             },
         }
         for step in steps

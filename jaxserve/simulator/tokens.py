@@ -51,5 +51,14 @@ class BlockTokens(Sequence[int]):
             start += count
         return tokens[::step]
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BlockTokens) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def _key(self) -> tuple[int, ...]:
+        return (self._length, self._block_size, self._rest, *self._numbers)
+
     def __iter__(self) -> Iterator[int]:
         return iter(self[:])

@@ -60,7 +60,7 @@ def test_grpc_overhead(tiny_model: Path, tmp_path: Path) -> None:
     assert 0 < values["grpc", "itl_p50_ms"] <= values["grpc", "itl_p99_ms"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_startup(tiny_model: Path, tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     flags = ["--model", str(tiny_model), "--cache-dir", str(tmp_path / "none"), "--repeats", "1"]

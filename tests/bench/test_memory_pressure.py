@@ -6,8 +6,8 @@ import pytest
 
 from bench.memory_pressure import Meter, goodput, pages_for, slo_share
 from bench.memory_pressure import main as bench
-from jaxserve.core.plan import Bucket, ScheduledRow, StepPlan
-from jaxserve.core.scheduler_stats import SchedulerStats
+from jaxserve.core.plan import Bucket, ScheduledRow, StepPlan, StepRows
+from jaxserve.core.updates import SchedulerStats
 from jaxserve.simulator.measures import RequestTimes
 from jaxserve.simulator.trace import TraceRequest
 
@@ -25,7 +25,7 @@ def test_measures_by_hand() -> None:
     trace = [TraceRequest(0.0, 100, 100), TraceRequest(0.0, 400, 300)]  # 158 tokens one quarter, 558 three
     assert pages_for(trace, 8, 2.0) == 1 + int(8 * (158 + 3 * 558) / 4 / 16 / 2.0)
     meter = Meter()
-    plan = StepPlan(0, (ScheduledRow("a", 0, 23, 1, True),), Bucket(1, 1))
+    plan = StepPlan(0, StepRows.of([ScheduledRow("a", 0, 23, 1, True)]), Bucket(1, 1))
     stats = SchedulerStats(5, 1, 0, 2, 0, 8, 0, 0, 0)
     meter.add(2.0, plan, stats)
     meter.add(2.0, plan, stats._replace(num_waiting=0))

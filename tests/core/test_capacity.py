@@ -47,6 +47,18 @@ def test_the_peak_by_hand() -> None:
     assert Watermark().has_room(view([a, b], 9), new, 2)  # who looks at now sees 7 pages
 
 
+def test_loops_count_in_the_peak_by_hand() -> None:
+    """With loops of four tokens the others, and ``a`` itself, may be three tokens further when ``a`` ends."""
+    a, b = running("a", 4, 4, 8), running("b", 8, 4, 24)
+    new = predicted("new", 8, prompt=8)
+    # In 4 steps: a 12 + 3 tokens, b 16 + 3, new 12 + 3: 4 + 5 + 4.
+    context = make_context(pipeline_depth=0, max_decode_steps=4)._replace(page_size=PAGE)
+    assert PredictedDemand.from_context(context).peak(view([a, b], 100), new, 2) == pytest.approx(13)
+    # With another loop in flight they are seven tokens further: a 19, b 23, new 19: 5 + 6 + 5.
+    context = make_context(pipeline_depth=1, max_decode_steps=4)._replace(page_size=PAGE)
+    assert PredictedDemand.from_context(context).peak(view([a, b], 100), new, 2) == pytest.approx(16)
+
+
 def test_what_moves_the_peak() -> None:
     def peak(median: float, upper: float, quantile: float) -> float:
         others = [running(f"r{i}", 16, 4, median, upper) for i in range(8)]
@@ -138,3 +150,10 @@ def test_prediction_is_worth_something_and_poison_takes_it_away() -> None:
     assert noisy[1] <= 0.25 * greedy[1]
     assert constant[0] < greedy[0]
     assert noisy[0] < shuffled[0] < greedy[0]
+
+
+def test_nobody_of_known_length_is_preempted_by_loops() -> None:
+    """Without what loops in flight make, ten would be."""
+    loops = {"max_decode_steps": 4}
+    assert pressed("oracle", **loops)[0] > 60
+    assert pressed("oracle", capacity="predicted", victim="value", **loops) == (0, 0)

@@ -18,7 +18,7 @@ from jaxserve.core.cost_model import (
     mean_absolute_percentage_error,
 )
 from jaxserve.core.nnls import nnls
-from jaxserve.core.plan import Bucket, ScheduledRow, StepPlan
+from jaxserve.core.plan import Bucket, ScheduledRow, StepPlan, StepRows
 from jaxserve.core.roofline import (
     MODEL_SHAPES,
     Roofline,
@@ -66,9 +66,9 @@ def test_features_of_a_plan_by_hand() -> None:
         ScheduledRow("c", 2, 5, 3, False),  # positions 5, 6, 7 see 6, 7, 8 tokens
         ScheduledRow("d", 3, 0, 2, True),  # 1 and 2
     )
-    features = features_of(StepPlan(0, rows, Bucket(64, 4)))
+    features = features_of(StepPlan(0, StepRows.of(rows), Bucket(64, 4)))
     assert features == StepFeatures(7, 11 + 21, 6 + 7 + 8 + 1 + 2, 4)
-    decodes = features_of(StepPlan(0, rows[:2], Bucket(2, 2)))
+    decodes = features_of(StepPlan(0, StepRows.of(rows[:2]), Bucket(2, 2)))
     assert decodes == StepFeatures(2, 32, 0.0, 2)
     assert decodes.with_prefill(3, 5).with_prefill(2, 0) == features
     assert decodes.with_prefill(0, 5) == decodes

@@ -11,6 +11,7 @@ import pytest
 from jaxserve.core.known_lengths import KNOWN_LENGTH_PREDICTORS, make_known_length_predictor, shuffled
 from jaxserve.core.predictor import MeanLengthPredictor
 from jaxserve.errors import ConfigError
+from jaxserve.request import FinishReason
 from tests.support.engine_parts import make_request
 
 LENGTHS = {f"r{i}": max(1, round(random.Random(i).lognormvariate(5, 1))) for i in range(4000)}
@@ -76,6 +77,7 @@ def test_mean_learns_and_stays_within_the_limit() -> None:
     assert predictor.predict(request) == (100.0, 100.0)
     for _ in range(300):
         finished = make_request("f", [1], 100)
+        finished.finish_reason = FinishReason.STOP
         finished.output_token_ids = [1] * 20
         predictor.observe(finished)
     assert predictor.predict(request) == pytest.approx((20.0, 20.0 * math.log(10)))

@@ -39,16 +39,16 @@ def test_plans_of_two_requests_by_hand() -> None:
     run_to_end(core)
     long_slot, short_slot = 0, 1
     rows = [plan.rows for plan in plans(fake)]
-    assert rows[0] == (ScheduledRow("long", long_slot, 0, 32, False),)
-    assert rows[1] == (
+    assert list(rows[0]) == [ScheduledRow("long", long_slot, 0, 32, False)]
+    assert list(rows[1]) == [
         ScheduledRow("long", long_slot, 32, 8, True),
         ScheduledRow("short", short_slot, 0, 2, True),
-    )
-    assert rows[2] == (
+    ]
+    assert list(rows[2]) == [
         ScheduledRow("long", long_slot, 40, 1, True),
         ScheduledRow("short", short_slot, 2, 1, True),
-    )
-    assert rows[3] == (ScheduledRow("long", long_slot, 41, 1, True),)
+    ]
+    assert list(rows[3]) == [ScheduledRow("long", long_slot, 41, 1, True)]
     assert len(rows) == 4
     assert [plan.bucket for plan in plans(fake)] == [Bucket(32, 8), Bucket(32, 8), Bucket(2, 2), Bucket(1, 1)]
     admitted = {a.request_id: a for plan in plans(fake) for a in plan.admissions}
@@ -85,9 +85,8 @@ def test_static_batches_wait_for_their_longest() -> None:
     ends: dict[str, int] = {}
     while core.has_work:
         clock.now += 0.01
-        for update in core.step():
-            if update.finished:
-                ends[update.request.id] = core.stats.steps
+        for request in core.step().ended:
+            ends[request.id] = core.stats.steps
     batch = [plan for plan in plans(fake) if plan.step < 200]
     useful = sum(len(plan.rows) for plan in batch)
     held = sum(plan.num_held_slots for plan in batch)
@@ -239,8 +238,8 @@ def test_abort_frees_everything_at_once() -> None:
         core.end("r", FinishReason.ABORT)
         assert core.scheduler.stats().num_used_pages == 0
         updates = core.step()
-        assert [(u.request.id, u.finished, u.request.finish_reason) for u in updates if u.finished] == [
-            ("r", True, FinishReason.ABORT)
+        assert [(request.id, request.finish_reason) for request in updates.ended] == [
+            ("r", FinishReason.ABORT)
         ]
         run_to_end(core)
 
@@ -362,6 +361,8 @@ def test_admission_prices_the_whole_prompt() -> None:
     ordering=st.sampled_from(sorted(ORDERINGS)),
     composition=st.sampled_from(sorted(COMPOSITIONS)),
     victim=st.sampled_from(["auto", *VICTIMS]),
+    max_decode_steps=st.integers(1, 4),
+    stops_rows=st.booleans(),
 )
 def test_random_traffic_keeps_every_invariant(
     seed: int,
@@ -373,6 +374,8 @@ def test_random_traffic_keeps_every_invariant(
     ordering: str,
     composition: str,
     victim: str,
+    max_decode_steps: int,
+    stops_rows: bool,
 ) -> None:
     """No page lost or doubled, budget kept (the fake executor checks), nobody starves, no token wrong."""
     rng = random.Random(seed)
@@ -380,6 +383,7 @@ def test_random_traffic_keeps_every_invariant(
     core, fake = make_core(
         num_slots=num_slots, num_pages=num_pages, pipeline_depth=depth, batching=batching, clock=clock,
         ordering=ordering, composition=composition, victim=victim, max_wait_s=0.3,
+        max_decode_steps=max_decode_steps, executor=FakeExecutor(num_slots, 4, stops_rows=stops_rows),
     )  # fmt: skip
     requests: list[Request] = []
     for index in range(30):

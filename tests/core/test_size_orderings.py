@@ -156,9 +156,11 @@ def test_a_client_with_short_requests_does_not_take_everything(quantum: float, i
         core.add(make_request(f"long-{i}", [1] * 64, 64, client="long"))
     served = {"short": 0.0, "long": 0.0}
     for _ in range(600):
-        for update in core.step():
-            request = update.request
-            served[request.client] += 2 + (request.num_prompt_tokens if update.finished else 0)
+        updates = core.step()
+        for request in updates.requests:
+            served[request.client] += 2
+        for request in updates.ended:
+            served[request.client] += request.num_prompt_tokens
         clock.now += 0.01
     assert core.scheduler.stats().num_waiting > 100, "both still wait"
     if is_fair:

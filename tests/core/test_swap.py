@@ -43,8 +43,11 @@ def assert_right(requests: list[Request]) -> None:
 
 @pytest.mark.parametrize("depth", [0, 1, 2])
 @pytest.mark.parametrize("caches", [False, True])
-def test_a_swapped_request_goes_on_where_it_was(depth: int, caches: bool) -> None:
-    core, fake, requests = pressed(host=FAST, pipeline_depth=depth, prefix_caching=caches)
+@pytest.mark.parametrize("decode_steps", [1, 4])
+def test_a_swapped_request_goes_on_where_it_was(depth: int, caches: bool, decode_steps: int) -> None:
+    core, fake, requests = pressed(
+        host=FAST, pipeline_depth=depth, prefix_caching=caches, max_decode_steps=decode_steps
+    )
     run_to_end(core)
     assert_right(requests)
     assert all(len(request.output_token_ids) == 24 for request in requests)
@@ -54,6 +57,7 @@ def test_a_swapped_request_goes_on_where_it_was(depth: int, caches: bool) -> Non
     assert swaps.resumed_tokens > 0
     assert swaps.num_used_blocks == 0
     assert stats.num_lost_tokens == 0
+    assert any(plan.is_loop for plan in plans(fake)) == (decode_steps > 1)
     if not caches:  # no token was computed twice
         assert swaps.resumed_tokens == swaps.saved_tokens
         assert fake.num_computed_tokens - sum(7 + len(r.output_token_ids) for r in requests) <= 4 * depth
@@ -141,6 +145,7 @@ def test_abort_in_every_state_frees_blocks_and_pages() -> None:
     capacity=st.sampled_from(["watermark", "predicted"]),
     ordering=st.sampled_from(["fcfs", "mlfq", "sjf"]),
     load_steps=st.integers(1, 6),
+    decode_steps=st.integers(1, 4),
 )
 def test_random_traffic_leaks_nothing(
     seed: int,
@@ -151,6 +156,7 @@ def test_random_traffic_leaks_nothing(
     capacity: str,
     ordering: str,
     load_steps: int,
+    decode_steps: int,
 ) -> None:
     """`run_to_end` and the loop check every page and block after every step; the executor every KV entry."""
     rng, clock = random.Random(seed), ManualClock()
@@ -158,7 +164,7 @@ def test_random_traffic_leaks_nothing(
     core, _ = make_core(
         num_slots=4, num_pages=20, watermark_pages=0, pipeline_depth=depth, prefix_caching=caches,
         clock=clock, executor=fake, host=HostTier(blocks, 2, 1000, 1e12), victim=victim, capacity=capacity,
-        ordering=ordering, max_wait_s=0.2,
+        ordering=ordering, max_wait_s=0.2, max_decode_steps=decode_steps,
     )  # fmt: skip
     requests: list[Request] = []
     for index in range(20):

@@ -10,7 +10,7 @@ import pytest
 
 from jaxserve import LLM, SamplingParams
 from jaxserve.outputs import RequestOutput
-from tests.engine.test_tiny_model import OPTIONS
+from tests.engine.test_tiny_model import PLAIN, TIGHT
 from tests.support.tiny_checkpoint import write_tiny_checkpoint
 
 
@@ -41,12 +41,12 @@ def conversations(llm: LLM) -> list[list[int]]:
     return answers
 
 
-@pytest.mark.parametrize("pages", [{}, {"num_pages": 24, "max_model_len": 168}], ids=["room", "evictions"])
+@pytest.mark.parametrize("pages", [{}, TIGHT], ids=["room", "evictions"])
 def test_tokens_are_the_same_without_it(checkpoint: Path, pages: dict[str, Any]) -> None:
-    with LLM(str(checkpoint), **OPTIONS, enable_prefix_caching=False) as llm:
+    with LLM(str(checkpoint), **PLAIN, enable_prefix_caching=False) as llm:
         expected = conversations(llm)
         assert llm.stats()["prefix_cache"] is None
-    with LLM(str(checkpoint), **OPTIONS | pages) as llm:
+    with LLM(str(checkpoint), **PLAIN | pages) as llm:
         assert conversations(llm) == expected
         cache = llm.stats()["prefix_cache"]
     assert cache["hit_tokens"] > 0.3 * cache["lookup_tokens"]
@@ -56,7 +56,7 @@ def test_tokens_are_the_same_without_it(checkpoint: Path, pages: dict[str, Any])
 
 def test_completions_of_one_prompt_compute_it_once(checkpoint: Path) -> None:
     prompt = [i % 251 for i in range(100)]
-    with LLM(str(checkpoint), **OPTIONS) as llm:
+    with LLM(str(checkpoint), **PLAIN) as llm:
         llm.generate([prompt], SamplingParams(n=5, temperature=1.0, seed=1, max_tokens=2), use_tqdm=False)
         computed = llm.engine.loop.core.stats.scheduled_tokens
         cache = llm.stats()["prefix_cache"]
@@ -71,7 +71,7 @@ def test_outputs_say_what_was_cached_and_salts_keep_it_apart(checkpoint: Path) -
     def ask(llm: LLM, salt: str) -> RequestOutput:
         return llm.generate([prompt], params, use_tqdm=False, cache_salt=salt)[0]
 
-    with LLM(str(checkpoint), **OPTIONS) as llm:
+    with LLM(str(checkpoint), **PLAIN) as llm:
         outputs = [ask(llm, salt) for salt in ("", "a", "b", "a", "")]
         *_, streamed = llm.stream(prompt, params, cache_salt="b")
         assert [o.metrics.num_cached_tokens for o in outputs] == [0, 0, 0, 48, 48]

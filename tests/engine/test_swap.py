@@ -11,13 +11,13 @@ import pytest
 
 from jaxserve import LLM, SamplingParams
 from jaxserve.config import EngineConfig
-from jaxserve.core.resume_costs import ResumeCosts
 from jaxserve.engine.build import load_model, make_core, make_engine, make_runner
 from jaxserve.engine.journals import Journals
 from jaxserve.engine.recording import read_recording
 from jaxserve.errors import ConfigError
 from jaxserve.simulator.replay import replay
 from tests.engine.test_tiny_model import OPTIONS
+from tests.support.engine_parts import make_copies_free
 from tests.support.tiny_checkpoint import write_tiny_checkpoint
 
 PRESSED: dict[str, Any] = OPTIONS | {
@@ -37,9 +37,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def always_swap(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tiny model computes faster than memory copies; what is tested is what copies do."""
-    monkeypatch.setattr(ResumeCosts, "swap_s", lambda self, num_tokens: 0.0)  # pyright: ignore[reportUnknownLambdaType, reportUnknownArgumentType]
+def _copies_are_free(monkeypatch: pytest.MonkeyPatch) -> None:  # pyright: ignore[reportUnusedFunction]
+    make_copies_free(monkeypatch)
 
 
 def work() -> tuple[list[list[int]], list[SamplingParams]]:
@@ -67,10 +66,15 @@ def answers(llm: LLM, *, at_once: bool) -> list[list[int]]:
     return [llm.generate([p], one, use_tqdm=False)[0].outputs[0].token_ids for p, one in pairs]
 
 
-@pytest.mark.parametrize("dtype", ["auto", "int8", "fp8"])
-def test_tokens_are_the_same_at_every_depth(checkpoint: Path, dtype: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "decode_steps"), [("auto", 1), ("auto", 4), ("int8", 1), ("fp8", 1), ("fp8", 4)]
+)
+def test_tokens_are_the_same_at_every_depth(
+    checkpoint: Path, dtype: str, decode_steps: int, tmp_path: Path
+) -> None:
     """One runner, compiled once, behind an engine for each depth, with and without the prefix cache."""
-    config = EngineConfig.from_flat({**PRESSED, "model": str(checkpoint), "kv_cache_dtype": dtype})
+    options = {**PRESSED, "kv_cache_dtype": dtype, "max_decode_steps": decode_steps}
+    config = EngineConfig.from_flat({**options, "model": str(checkpoint)})
     model = load_model(config, progress=False)
     resolved, runner = make_runner(config, model, progress=False)
 
@@ -107,6 +111,7 @@ def test_tokens_are_the_same_at_every_depth(checkpoint: Path, dtype: str, tmp_pa
     assert again.num_steps > 50
     assert again.first_difference is None
     assert any(plan.landings for plan in again.plans)
+    assert any(plan.is_loop for plan in again.plans) == (decode_steps > 1)
 
 
 def pressed(host_kv_bytes: int) -> dict[str, Any]:

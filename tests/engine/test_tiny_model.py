@@ -35,6 +35,11 @@ OPTIONS: dict[str, Any] = {
     "use_tqdm": False,
 }
 
+# Fewer programs, for tests in which other sizes matter; a pool so small that requests are preempted.
+PLAIN: dict[str, Any] = OPTIONS | {"row_buckets": (6,), "token_buckets": (32,)}
+TIGHT: dict[str, Any] = {"num_pages": 20, "max_model_len": 128}
+slow = pytest.mark.nightly
+
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -99,8 +104,7 @@ def test_greedy_steps_may_have_programs_without_branches(
     monkeypatch.setattr(Cpu, "branches_on_host", True)
     monkeypatch.setattr(Programs, "step", spy)
     prompts, params = work()
-    options: dict[str, Any] = OPTIONS | {"row_buckets": (6,)}
-    with LLM(str(checkpoint), **options) as llm:
+    with LLM(str(checkpoint), **PLAIN) as llm:
         compiles = compile_counter().count
         used.clear()
         assert llm.generate(prompts[:1], params[0], use_tqdm=False)[0].outputs[0].token_ids == alone[0]
@@ -131,9 +135,9 @@ def test_neighbours_change_nothing(llm: LLM, alone: list[list[int]]) -> None:
         {"pipeline_depth": 2},
         {"enable_prefix_caching": False},
         {"max_num_batched_tokens": 8, "token_buckets": (8,)},
-        {"max_num_batched_tokens": 128, "token_buckets": (128,)},
-        {"page_size": 32, "num_pages": 60},
-        {"num_pages": 20, "max_model_len": 128},
+        pytest.param({"max_num_batched_tokens": 128, "token_buckets": (128,)}, marks=slow),
+        pytest.param({"page_size": 32, "num_pages": 60}, marks=slow),
+        TIGHT,
         {"attention": "reference"},
         {"batching": "static", "batch_window_s": 0.01},
         {"tensor_parallel_size": 2},
@@ -144,7 +148,7 @@ def test_neighbours_change_nothing(llm: LLM, alone: list[list[int]]) -> None:
 def test_configuration_changes_no_token(
     change: dict[str, Any], checkpoint: Path, alone: list[list[int]]
 ) -> None:
-    options: dict[str, Any] = OPTIONS | {"row_buckets": (6,)} | change
+    options: dict[str, Any] = PLAIN | change
     with LLM(str(checkpoint), **options) as llm:
         assert answers(llm) == alone
         if change.get("num_pages") == 20:
@@ -159,9 +163,9 @@ def test_configuration_changes_no_token(
             )
 
 
-@pytest.fixture(scope="module", params=["int8", "fp8"])
+@pytest.fixture(scope="module", params=["int8", pytest.param("fp8", marks=slow)])
 def eight_bit(request: pytest.FixtureRequest, checkpoint: Path) -> Iterator[LLM]:
-    with LLM(str(checkpoint), **(OPTIONS | {"kv_cache_dtype": request.param})) as llm:
+    with LLM(str(checkpoint), **(PLAIN | {"kv_cache_dtype": request.param})) as llm:
         yield llm
 
 
@@ -194,11 +198,9 @@ def test_with_an_8_bit_cache_a_request_depends_on_nothing_but_itself(
     layout = eight_bit_layout(eight_bit)
     change: dict[str, Any] = {
         "kv_cache_dtype": "int8" if str(layout.dtype) == "int8" else "fp8",
-        "num_pages": 20,
-        "max_model_len": 128,
-        "row_buckets": (6,),
+        **TIGHT,
     }
-    with LLM(str(checkpoint), **(OPTIONS | change)) as tight:
+    with LLM(str(checkpoint), **(PLAIN | change)) as tight:
         assert answers(tight) == together
         assert tight.stats()["num_preemptions"] > 0, "this pool is meant to be too small"
 
@@ -234,8 +236,7 @@ def test_preempted_requests_continue_as_if_nothing_was(checkpoint: Path, llm: LL
     prompts = [[i] * 20 for i in range(6)]
     params = [SamplingParams(temperature=1.0, seed=i, max_tokens=60, ignore_eos=True) for i in range(6)]
     want = [output.outputs[0].token_ids for output in llm.generate(prompts, params, use_tqdm=False)]
-    small: dict[str, Any] = OPTIONS | {"num_pages": 22, "max_model_len": 128, "row_buckets": (6,)}
-    with LLM(str(checkpoint), **small) as tight:
+    with LLM(str(checkpoint), **(PLAIN | TIGHT)) as tight:
         got = [output.outputs[0].token_ids for output in tight.generate(prompts, params, use_tqdm=False)]
         assert tight.stats()["num_preemptions"] >= 2
     assert got == want
@@ -248,7 +249,7 @@ def test_an_engine_that_is_gone_holds_no_device_memory(how: str, checkpoint: Pat
         return sum(array.nbytes for array in jax.live_arrays())
 
     before = live_bytes()
-    llm = LLM(str(checkpoint), **OPTIONS)
+    llm = LLM(str(checkpoint), **PLAIN)
     llm.generate([[1, 2]], SamplingParams(max_tokens=3), use_tqdm=False)
     assert live_bytes() > before + 2**20, "weights and pages are somewhere"
     if how == "close":
@@ -297,6 +298,8 @@ def test_logprobs_are_the_models_own(llm: LLM) -> None:
         ({"memory_fraction": "0.5"}, "memory_fraction='0.5'"),
         ({"token_buckets": 5}, "token_buckets=5"),
         ({"watermark": float("nan")}, "watermark=nan"),
+        ({"capacity": "greedy"}, "capacity='greedy': must be one of watermark, predicted"),
+        ({"demand_quantile": 1.0}, "demand_quantile=1.0: must be a number in (0, 1)"),
         (
             {"max_num_batched_tokens": 64},
             "token_buckets=(12, 32): the last must be max_num_batched_tokens=64, or one of the two be left",
@@ -321,7 +324,7 @@ def test_bad_configurations_say_what_is_wrong(
 
 def test_clients_are_served_fairly_and_ids_are_checked(checkpoint: Path) -> None:
     """Twenty requests of one client wait when the other's come; in turns, those are not the last to start."""
-    options: dict[str, Any] = OPTIONS | {"max_num_seqs": 1, "row_buckets": (1,), "ordering": "fair"}
+    options: dict[str, Any] = PLAIN | {"max_num_seqs": 1, "row_buckets": (1,), "ordering": "fair"}
     with LLM(str(checkpoint), **options) as llm:
         params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
         make = llm.engine.inputs.from_prompt

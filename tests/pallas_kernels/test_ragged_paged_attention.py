@@ -49,15 +49,21 @@ EVERY_DTYPE = ("float32", "bfloat16", "float16")
 SIMULATED_SPECS = ("decode_many_kv_blocks", "gqa_3", "head_dim_256")
 
 
-# Triton's interpreter takes seconds a case: these for every change, the rest nightly.
+# A simulated GPU takes seconds a case: Triton's interpreter runs these for every change, the rest nightly.
 INTERPRETED_SPECS = ("mixed", "gqa_3", "window_chunk")
+
+
+nightly = pytest.mark.nightly
 
 
 def when(implementation: str, name: str, *rest: str) -> Any:
     """The parameters of a case, marked if it need not run for every change."""
-    is_core = name in INTERPRETED_SPECS and (rest[0] == "float32" or name == "mixed")
-    is_slow = implementation == "triton" and implementation in SIMULATED and not is_core
-    return pytest.param(implementation, name, *rest, marks=pytest.mark.nightly if is_slow else ())
+    is_core = {
+        "triton": name in INTERPRETED_SPECS and (rest[0] == "float32" or name == "mixed"),
+        "mosaic_gpu": rest[0] == "bfloat16" or name == "mixed",
+    }
+    is_slow = implementation in SIMULATED and not is_core.get(implementation, True)
+    return pytest.param(implementation, name, *rest, marks=nightly if is_slow else ())
 
 
 def cases_of(implementation: str) -> list[tuple[str, str]]:
@@ -263,7 +269,7 @@ def test_untouched_pages_keep_their_bits(implementation: str) -> None:
 @pytest.mark.parametrize(
     ("implementation", "chunks"),
     [
-        (each, chunks)
+        pytest.param(each, chunks, marks=nightly if each in EAGER else ())
         for each in IMPLEMENTATIONS
         for chunks in (((1, 33, 1, 35),) if each in SIMULATED else ((48, 22), (16, 16, 38), (1, 33, 1, 35)))
     ],

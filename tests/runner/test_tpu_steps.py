@@ -47,7 +47,14 @@ NUM_LAYERS = 2
 
 
 @functools.cache
-def compiled(model: str, topology: str, tensor_parallel_size: int, tokens: int, kv_cache_dtype: str):
+def compiled(
+    model: str,
+    topology: str,
+    tensor_parallel_size: int,
+    tokens: int,
+    kv_cache_dtype: str,
+    decode_steps: int = 1,
+):
     """A step of 64 slots: its report, and what was planned."""
     hf: Any = {"8b": LLAMA_8B, "1b": LLAMA_1B}[model]
     config = EngineConfig.from_flat(
@@ -58,29 +65,36 @@ def compiled(model: str, topology: str, tensor_parallel_size: int, tokens: int, 
             "max_num_seqs": 64,
             "row_buckets": (64,),
             "token_buckets": (512,),
+            "max_decode_steps": decode_steps,
         }
     )
     planned, resolved = plan_engine(config, find_family(hf).config_from_hf(hf), list(devices(topology)), Tpu)
-    bucket = Bucket(tokens, 64)
+    bucket = Bucket(tokens, 64, decode_steps)
     programs = compile_steps(config, planned, resolved, [bucket])
     report = report_step(bucket, programs.step(bucket), planned, resolved, 0.0)
     return report, planned, resolved
 
 
+LOOP = 8
 CASES = [
-    ("8b", "v6e:2x2", 1, 64, "auto"),
-    ("8b", "v6e:2x4", 8, 512, "auto"),
-    ("8b", "v6e:2x4", 8, 64, "int8"),  # one head a device: folded pages
-    ("1b", "v6e:2x2", 1, 512, "auto"),
+    ("8b", "v6e:2x2", 1, 64, "auto", 1),
+    ("8b", "v6e:2x2", 1, 64, "auto", LOOP),
+    ("8b", "v6e:2x4", 8, 512, "auto", 1),
+    ("8b", "v6e:2x4", 8, 64, "auto", LOOP),
+    ("8b", "v6e:2x4", 8, 64, "int8", 1),  # one head a device: folded pages
+    ("1b", "v6e:2x2", 1, 512, "auto", 1),
 ]
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("model", "topology", "num_devices", "tokens", "kv_cache_dtype"), CASES)
+@pytest.mark.parametrize(
+    ("model", "topology", "num_devices", "tokens", "kv_cache_dtype", "decode_steps"), CASES
+)
 def test_a_step_keeps_its_cache_in_place(
-    model: str, topology: str, num_devices: int, tokens: int, kv_cache_dtype: str
+    model: str, topology: str, num_devices: int, tokens: int, kv_cache_dtype: str, decode_steps: int
 ) -> None:
-    report, planned, resolved = compiled(model, topology, num_devices, tokens, kv_cache_dtype)
+    """A loop has the kernels of one step: its body is compiled once, and copies nothing either."""
+    report, planned, resolved = compiled(model, topology, num_devices, tokens, kv_cache_dtype, decode_steps)
     page_bytes = resolved.layout.bytes_per_page() // num_devices
     caches = NUM_LAYERS * resolved.num_pages * page_bytes
     assert report.custom_calls["tpu_custom_call"] == NUM_LAYERS

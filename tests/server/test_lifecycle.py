@@ -116,6 +116,13 @@ async def test_calls_beyond_the_last_bound_are_refused_at_once() -> None:
     await server.stop()
 
 
+async def test_calls_that_arrive_at_once_all_wait_their_turn(target: str) -> None:
+    """gRPC's own default is to end some of them with CANCELLED from 1,000 on."""
+    async with AsyncClient(target) as client:
+        counts = await asyncio.gather(*(client.tokenize("abc") for _ in range(2500)))
+    assert {len(count) for count in counts} == {4}
+
+
 async def test_drain_lets_running_requests_finish_and_refuses_new_ones() -> None:
     engine = FakeEngine(step_s=0.02)
     server = Server(ServerConfig(port=0, drain_timeout=20))

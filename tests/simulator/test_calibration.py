@@ -94,3 +94,16 @@ def test_profiles_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         load_profile("bad", tmp_path)
     with pytest.raises(ConfigError, match="device profile 'none': must be one of H100"):
         load_profile("none", tmp_path)
+
+
+def test_buckets_that_were_hardly_measured_take_the_fitted_roofline() -> None:
+    profile = load_profile("H100m")
+    roofline = Roofline(profile.device, model_shape("llama-3-8b"))
+    times, _ = profile.step_times(roofline)
+    counts = {bucket["tokens"]: bucket["samples"] for bucket in profile.measured[0].costs["buckets"]}
+    assert (counts[64], counts[128]) == (391, 24)
+    ratio = profile.measured[0].costs["ratio"]
+    for rows, is_prior in ((64, False), (128, True)):
+        features = StepFeatures(rows, rows * 500, 0.0, rows)
+        prior = ratio * roofline.seconds(Bucket(rows, rows), features)
+        assert (times.predict(Bucket(rows, rows), features) == pytest.approx(prior, rel=1e-6)) == is_prior

@@ -65,7 +65,7 @@ class _WatchedExecutor:
         return batch.plan
 
     def collect(self, handle: StepPlan) -> StepResult:
-        return StepResult([1] * len(handle.rows), device_s=1e-3)
+        return StepResult([[1] * len(handle.rows)], device_s=1e-3)
 
 
 @pytest.mark.parametrize("ordering", ORDERINGS)

@@ -66,15 +66,17 @@ def live_run(seed: int, depth: int = 1, **policies: Any) -> tuple[list[dict[str,
     ordering=st.sampled_from(sorted(ORDERINGS)),
     batching=st.sampled_from(sorted(ADMISSIONS)),
     composition=st.sampled_from(sorted(COMPOSITIONS)),
+    max_decode_steps=st.integers(1, 4),
     capacity=st.sampled_from(sorted(CAPACITIES)),
     host=st.sampled_from([NO_HOST, HostTier(8, 2, 1000, 1e12)]),
 )
 def test_any_recorded_run_replays_to_identical_plans(
-    seed: int, depth: int, ordering: str, batching: str, composition: str, capacity: str, host: HostTier
-) -> None:
+    seed: int, depth: int, ordering: str, batching: str, composition: str, max_decode_steps: int,
+    capacity: str, host: HostTier,
+) -> None:  # fmt: skip
     records, fake = live_run(
-        seed, depth, ordering=ordering, batching=batching, composition=composition, capacity=capacity,
-        host=host, victim="value",
+        seed, depth, ordering=ordering, batching=batching, composition=composition,
+        max_decode_steps=max_decode_steps, capacity=capacity, host=host, victim="value",
     )  # fmt: skip
     found = replay(json.loads(json.dumps(records)))
     assert found.first_difference is None
@@ -116,7 +118,7 @@ def test_a_replay_notices_what_was_changed(change: str) -> None:
     elif change == "longer":
         for record in changed:
             if record["e"] == "done":
-                record["stopped"] = []
+                record["stopped"] = {}
     else:
         changed[0]["assembly"]["scheduler"]["ordering"] = "spf"
     assert replay(changed).first_difference is not None

@@ -146,15 +146,16 @@ def test_preemption_under_little_memory_shows_in_counts_and_gaps() -> None:
 
 
 def test_engines_of_a_cluster_share_the_work_and_processes_change_nothing() -> None:
-    machine = cluster({"cluster": "4xH100", "tensor_parallel_size": 1}, max_num_seqs=16)
+    machine = cluster({"cluster": "4xH100", "tensor_parallel_size": 1}, max_num_seqs=16, ordering="sjf")
     assert machine.num_engines == 4
     trace = at_rate(uniform((10, 300), (5, 60), 300, seed=1), 200.0)
     trace = poisson(trace, 100.0, seed=2)
-    blind = SimulationOptions(router="round_robin", predictor="oracle")
-    one, two = (simulate(trace, machine, blind, jobs=jobs) for jobs in (1, 2))
-    assert one.requests == two.requests
-    assert one.counters == two.counters
-    assert sorted(one.gaps) == sorted(two.gaps)
+    for predictor in ("oracle", "mean"):  # the mean learns, in each engine for itself
+        blind = SimulationOptions(router="round_robin", predictor=predictor)
+        one, two = (simulate(trace, machine, blind, jobs=jobs) for jobs in (1, 2))
+        assert one.requests == two.requests
+        assert one.counters == two.counters
+        assert sorted(one.gaps) == sorted(two.gaps)
     assert [r.engine for r in one.requests[:5]] == [0, 1, 2, 3, 0]
     with pytest.raises(ConfigError, match="jobs=2"):
         simulate(trace, machine, ORACLE, jobs=2)

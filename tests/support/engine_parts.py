@@ -7,6 +7,8 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
+
 from jaxserve.config import SchedulerConfig
 from jaxserve.core.assembly import Assembly, assemble
 from jaxserve.core.batch import prepare
@@ -14,8 +16,10 @@ from jaxserve.core.buckets import BucketLadder, default_decode_rows, default_mix
 from jaxserve.core.cost_model import CostModel, UnknownDevice
 from jaxserve.core.decision_log import DecisionLog
 from jaxserve.core.predictor import LengthPredictor, MeanLengthPredictor
-from jaxserve.core.resume_costs import NO_HOST, HostTier
+from jaxserve.core.probing import Probing
+from jaxserve.core.resume_costs import NO_HOST, HostTier, ResumeCosts
 from jaxserve.engine.engine_core import EngineCore
+from jaxserve.engine.hidden_recording import HiddenRecorder
 from jaxserve.engine.recording import Recorder
 from jaxserve.request import Request, SamplingParams
 from tests.support.fake_executor import FakeExecutor
@@ -47,6 +51,8 @@ def make_core(
     predictor: LengthPredictor | None = None,
     decision_log: DecisionLog | None = None,
     recorder: Callable[[Assembly], Recorder] | None = None,
+    probing: Probing[Any] | None = None,
+    hidden_recorder: HiddenRecorder | None = None,
     **scheduler: object,
 ) -> tuple[EngineCore[object], FakeExecutor]:
     """An engine core over a fake executor; ``scheduler`` are fields of `SchedulerConfig`."""
@@ -54,7 +60,10 @@ def make_core(
     assembly = Assembly(
         scheduler=SchedulerConfig(**scheduler),  # type: ignore[arg-type]
         ladder=BucketLadder(
-            default_decode_rows(num_slots, 1), default_mixed_tokens(token_budget, num_slots), num_slots
+            default_decode_rows(num_slots, 1),
+            default_mixed_tokens(token_budget, num_slots),
+            num_slots,
+            scheduler.get("max_decode_steps", 1),  # type: ignore[arg-type]
         ),
         num_slots=num_slots,
         num_pages=num_pages,
@@ -74,6 +83,8 @@ def make_core(
         pipeline_depth=pipeline_depth,
         costs=costs,
         recorder=recorder(assembly) if recorder else None,
+        probing=probing,
+        hidden_recorder=hidden_recorder,
     )
     return core, fake  # type: ignore[return-value]
 
@@ -122,3 +133,12 @@ def run_to_end(core: EngineCore[object], *, most_steps: int = 100_000, check: bo
 def random_prompt(rng: random.Random, longest: int, vocab_size: int = 101) -> list[int]:
     """A prompt of 1 to ``longest`` tokens."""
     return [rng.randrange(vocab_size) for _ in range(rng.randint(1, longest))]
+
+
+def make_copies_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Swaps whom it can: a tiny model computes faster than memory copies."""
+
+    def free(self: ResumeCosts, num_tokens: int) -> float:
+        return 0.0
+
+    monkeypatch.setattr(ResumeCosts, "swap_s", free)

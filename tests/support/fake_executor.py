@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from jaxserve.core.batch import StepBatch
-from jaxserve.core.plan import NO_PAGE, PageCopy, StepPlan, StepResult
+from jaxserve.core.plan import NO_PAGE, Admission, PageCopy, ScheduledRow, StepPlan, StepResult
 
 
 @dataclasses.dataclass
@@ -22,10 +22,13 @@ class FakeExecutor:
     bad_requests: frozenset[str] = frozenset()
     block_pages: int = 2
     load_steps: int = 3
+    # Off: rows of a loop never stop by themselves, and the scheduler must discard what is too much.
+    stops_rows: bool = True
 
     def __post_init__(self) -> None:
         self.tokens: list[list[int]] = [[] for _ in range(self.num_slots)]
         self.seeds = [0] * self.num_slots
+        self.admissions: dict[int, Admission] = {}
         self.computed = [0] * self.num_slots
         self.tables: list[dict[int, int]] = [{} for _ in range(self.num_slots)]
         self.contents: dict[
@@ -47,20 +50,30 @@ class FakeExecutor:
         for admission in plan.admissions:
             self.tokens[admission.slot] = list(admission.token_ids)
             self.seeds[admission.slot] = admission.seed
+            self.admissions[admission.slot] = admission
             self.tables[admission.slot] = dict(enumerate(admission.page_ids))
             assert 0 not in admission.page_ids, "the null page was given away"
         for slot, index, page in plan.page_updates:
             assert page != 0, "the null page was given away"
             self.tables[slot][index] = page
-        assert sum(row.num_tokens for row in plan.rows) <= plan.bucket.tokens
         assert len(plan.rows) <= plan.bucket.rows
-        return StepResult(
-            token_ids=[self._run_row(*row[1:]) for row in plan.rows],
-            arrived=tuple(n for n, at in self.loads_due.items() if at == self.num_dispatched),
-            bad_rows=tuple(
-                i for i, row in enumerate(plan.rows) if row.request_id in self.bad_requests and row.samples
-            ),
-        )
+        if plan.is_loop:
+            token_ids = self._run_loop(plan)
+        else:
+            assert sum(row.num_tokens for row in plan.rows) <= plan.bucket.tokens
+            token_ids = [[self._run_row(*row[1:]) for row in plan.rows]]
+        bad_rows = [
+            (decode_step, index)
+            for decode_step in range(len(token_ids))
+            for index, row in enumerate(plan.rows)
+            if self.is_bad(row, decode_step)
+        ]
+        arrived = tuple(n for n, at in self.loads_due.items() if at == self.num_dispatched)
+        return StepResult(token_ids, bad_rows=tuple(bad_rows), arrived=arrived)
+
+    def is_bad(self, row: ScheduledRow, decode_step: int) -> bool:
+        """Whether a row's logits are not finite."""
+        return row.samples and row.request_id in self.bad_requests
 
     def _copy(self, plan: StepPlan) -> None:
         """Copies what pages hold, to blocks and back; a block that was given to another is overwritten."""
@@ -88,8 +101,40 @@ class FakeExecutor:
     def collect(self, handle: StepResult) -> StepResult:
         return handle
 
+    def _run_loop(self, plan: StepPlan) -> list[list[int]]:
+        """As a device does: a row that stops leaves no token for its next loop, and is out of that, too."""
+        running = [not self._is_out(row.slot, row.start) for row in plan.rows]
+        result: list[list[int]] = []
+        for decode_step in range(plan.bucket.decode_steps):
+            running = [
+                on and decode_step < row.num_tokens for on, row in zip(running, plan.rows, strict=True)
+            ]
+            if not any(running):
+                break
+            token_ids = [
+                self._run_row(row.slot, row.start + decode_step, 1, row.samples) if on else -1
+                for on, row in zip(running, plan.rows, strict=True)
+            ]
+            if self.stops_rows:
+                running = [
+                    on and not self._has_stopped(row.slot) for on, row in zip(running, plan.rows, strict=True)
+                ]
+            result.append(token_ids)
+        return result
+
+    def _has_stopped(self, slot: int) -> bool:
+        admission, tokens = self.admissions[slot], self.tokens[slot]
+        num_output = len(tokens) - admission.num_prompt_tokens
+        return tokens[-1] in admission.stop_token_ids and num_output > admission.params.min_tokens
+
+    def _is_out(self, slot: int, start: int) -> bool:
+        """Whether a row's request stopped in an earlier loop, so that nothing of it is looked at any more."""
+        return start >= len(self.tokens[slot]) and self._has_stopped(slot)
+
     def _run_row(self, slot: int, start: int, num_tokens: int, samples: bool) -> int:
         tokens, table = self.tokens[slot], self.tables[slot]
+        if self._is_out(slot, start):
+            return -1
         assert start + num_tokens <= len(tokens), "the step computes a token that does not exist yet"
         for position in range(start, start + num_tokens):
             page = table[position // self.page_size]

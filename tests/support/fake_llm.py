@@ -45,13 +45,13 @@ class ScriptedExecutor(FakeExecutor):
         result = super().dispatch(batch)
         if self.script is None:
             return result
-        token_ids = list(result.token_ids)
+        (token_ids,) = result.token_ids
         for index, row in enumerate(batch.plan.rows):
             if row.samples:
                 place = row.start + row.num_tokens - self.prompts[row.slot]
                 token_ids[index] = self.script[place % len(self.script)]
                 self.tokens[row.slot][-1] = token_ids[index]
-        return StepResult(token_ids)
+        return StepResult([token_ids])
 
 
 def make_engine(

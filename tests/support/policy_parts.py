@@ -67,7 +67,7 @@ class LightExecutor:
         return batch.plan
 
     def collect(self, handle: StepPlan) -> StepResult:
-        return StepResult([1] * len(handle.rows), device_s=1e-3)
+        return StepResult([[1] * len(handle.rows)] * handle.num_decode_steps, device_s=1e-3)
 
 
 def predicted(name: str, median: float, upper: float | None = None, **options: Any) -> Request:

@@ -46,7 +46,7 @@ class PredictedDemand:
     Args:
         page_size: tokens of a KV page.
         quantile: of the demand that must fit; more admits fewer.
-        lag: steps after a request's last in which it still holds its pages: the pipeline's depth.
+        lag: tokens that others make after a request's last one while it still holds its pages.
         target: share of the requests that may be preempted.
     """
 
@@ -62,7 +62,9 @@ class PredictedDemand:
     @classmethod
     def from_context(cls, context: PolicyContext) -> PredictedDemand:
         config = context.config
-        return cls(context.page_size, config.demand_quantile, config.pipeline_depth)
+        # The rest of its own decode loop, if it ends at the first token of that, and the loops in flight.
+        lag = (config.pipeline_depth + 1) * config.max_decode_steps - 1
+        return cls(context.page_size, config.demand_quantile, lag)
 
     def has_room(self, view: PagesView, request: Request, num_pages: int) -> bool:
         if num_pages > view.num_available:
