@@ -132,7 +132,13 @@ def generate(engine: Engine, workload: Workload) -> list[RequestOutput]:
         delay = start + item.arrival_s - time.monotonic()
         if delay > 0:
             time.sleep(delay)
-        params = SamplingParams(temperature=0.0, max_tokens=item.output_tokens, ignore_eos=True)
+        params = SamplingParams(
+            temperature=item.temperature,
+            top_p=item.top_p,
+            seed=index,
+            max_tokens=item.output_tokens,
+            ignore_eos=True,
+        )
         group = engine.inputs.from_prompt(item.prompt_token_ids, params, request_id=str(index))
         engine.loop.submit(group, inbox.put, streams=False)
     outputs: dict[str, RequestOutput] = {}

@@ -2,7 +2,8 @@
 
     python bench/speed.py --shape llama-3.1-8b --parts decode_steps,ttft,offline --output speed.jsonl
 
-Each part is a bench of its own (`offline.py`, `decode_steps.py`, `ttft.py`) with its flags. All run through
+Each part is a bench of its own (`offline.py`, `decode_steps.py`, `ttft.py`, `profile_steps.py`)
+with its flags. All run through
 the engine's own scheduler and loop; nothing compiles in a timed window, or the run fails.
 """
 
@@ -14,7 +15,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from bench import decode_steps, offline, ttft
+from bench import decode_steps, offline, profile_steps, ttft
 from bench.batching_runs import offline_config
 from bench.real_engine import RealEngine, real_engine
 from bench.results import Results, add_output_flag, jax_device
@@ -34,6 +35,7 @@ PARTS = {
     "decode_steps": Part(decode_steps.add_flags, decode_steps.measure),
     "ttft": Part(ttft.add_flags, ttft.measure),
     "offline": Part(offline.add_flags, offline.measure),
+    "profile": Part(profile_steps.add_flags, profile_steps.measure),
 }
 
 
@@ -43,7 +45,12 @@ def run(name: str, description: str, parts: tuple[str, ...] | None, argv: list[s
     for part in parts or PARTS:
         PARTS[part].add_flags(parser)
     if parts is None:
-        parser.add_argument("--parts", type=_part_list, default=tuple(PARTS), help="default: all")
+        parser.add_argument(
+            "--parts",
+            type=_part_list,
+            default=("decode_steps", "ttft", "offline"),
+            help="default: all but profile",
+        )
     parser.add_argument("--bench-seed", type=int, default=0)
     add_output_flag(parser)
     add_shape_flag(parser)

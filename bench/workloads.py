@@ -39,11 +39,16 @@ class Encoder(Protocol):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Item:
-    """One request to make: all of its output tokens are generated, whatever the model would say."""
+    """One request to make: all of its output tokens are generated, whatever the model would say.
+
+    With a temperature, tokens are drawn by its place in the workload as a seed.
+    """
 
     prompt_token_ids: list[int]
     output_tokens: int
     arrival_s: float = 0.0
+    temperature: float = 0.0
+    top_p: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from jaxserve.runner.page_swap import PageSwapper
 from jaxserve.runner.probes import ProbeHandle, ProbeOptions, ProbePrograms
 from jaxserve.runner.programs import Programs
 from jaxserve.runner.resolve import ResolvedConfig
-from jaxserve.runner.sampler import Sampled, is_greedy
+from jaxserve.runner.sampler import Sampled, SamplingKind, kind_of
 from jaxserve.runner.slots import SlotState, admission_rows, empty_slots
 from jaxserve.runner.step import NOT_FINITE, NOT_SAMPLED, Caches, StepOutput
 
@@ -73,7 +73,7 @@ class ModelRunner:
         self._resolved = resolved
         self._admission_sizes = admission_sizes(resolved.num_slots)
         self._logprob_counts = [-1] * resolved.num_slots
-        self._is_greedy = [True] * resolved.num_slots
+        self._kinds = [SamplingKind.GREEDY] * resolved.num_slots
         replicated = placement.sharding()
         slots = empty_slots(resolved.num_slots, resolved.max_model_len, resolved.layout.page_size)
         layers = () if probes is None else probes.layers
@@ -105,8 +105,8 @@ class ModelRunner:
         )
         buckets = resolved.ladder.all()
         for bucket in buckets if run_each_once else buckets[:1]:
-            for greedy in self._programs.kinds:
-                self._run_empty(bucket, greedy=greedy)
+            for kind in self._programs.kinds:
+                self._run_empty(bucket, kind)
         self._compiles_at_start = compile_counter().count
 
     @property
@@ -134,11 +134,11 @@ class ModelRunner:
             self._caches = self._swapper.run(plan, self._caches)
         if plan.admissions:
             self._admit(list(plan.admissions))
-        greedy = all(self._is_greedy[slot] for slot in plan.rows.slots)
-        output = self._run(plan.bucket, batch.rows, batch.page_updates, greedy=greedy)
+        kind = max((self._kinds[slot] for slot in plan.rows.slots), default=SamplingKind.GREEDY)
+        output = self._run(plan.bucket, batch.rows, batch.page_updates, kind)
         output.token_ids.copy_to_host_async()
         sampled = output.sampled
-        if greedy or sampled is None:
+        if kind is not SamplingKind.ANY or sampled is None:
             return StepHandle(plan, output, None)
         counts = [
             self._logprob_counts[slot] if samples else -1
@@ -182,8 +182,8 @@ class ModelRunner:
         del self._params, self._single_row_params, self._caches, self._slots, self._programs
         del self._probes, self._swapper
 
-    def _run(self, bucket: Bucket, rows: Any, page_updates: Any, *, greedy: bool) -> StepOutput:
-        self._caches, self._slots, output = self._programs.step(bucket, greedy=greedy)(
+    def _run(self, bucket: Bucket, rows: Any, page_updates: Any, kind: SamplingKind) -> StepOutput:
+        self._caches, self._slots, output = self._programs.step(bucket, kind)(
             self._params_of(bucket), self._caches, self._slots, rows, page_updates
         )
         return output
@@ -191,15 +191,15 @@ class ModelRunner:
     def _params_of(self, bucket: Bucket) -> Params:
         return self._single_row_params if bucket.tokens == 1 else self._params
 
-    def _run_empty(self, bucket: Bucket, *, greedy: bool) -> None:
+    def _run_empty(self, bucket: Bucket, kind: SamplingKind) -> None:
         batch = self.prepare(StepPlan(step=0, rows=StepRows(), bucket=bucket))
-        np.asarray(self._run(bucket, batch.rows, batch.page_updates, greedy=greedy).token_ids)
+        np.asarray(self._run(bucket, batch.rows, batch.page_updates, kind).token_ids)
 
     def _admit(self, admissions: list[Admission]) -> None:
         for admission in admissions:
             wanted = admission.params.logprobs
             self._logprob_counts[admission.slot] = -1 if wanted is None else wanted
-            self._is_greedy[admission.slot] = is_greedy(admission.params)
+            self._kinds[admission.slot] = kind_of(admission.params)
         resolved = self._resolved
         while admissions:
             size = next((s for s in self._admission_sizes if s >= len(admissions)), self._admission_sizes[-1])

@@ -22,18 +22,19 @@ from jaxserve.models.decoder import Decoder
 from jaxserve.models.params import Params
 from jaxserve.models.sharding import Placement
 from jaxserve.pallas_kernels.ragged_paged_attention.api import Implementation
+from jaxserve.runner.sampler import SamplingKind
 from jaxserve.runner.slots import SlotState, write_rows
 from jaxserve.runner.step import Caches, make_step
 
 Compiled = Callable[..., Any]
-type _Key = tuple[Bucket, bool] | int
+type _Key = tuple[Bucket, SamplingKind] | int
 
 
 class Programs:
     """The compiled steps of each bucket, and the compiled admissions, one a size.
 
     Attributes:
-        kinds: which programs a bucket has: False, for any step, and perhaps True, for greedy ones.
+        kinds: which programs a bucket has.
     """
 
     def __init__(
@@ -54,15 +55,15 @@ class Programs:
         replicated = placement.sharding()
         jobs: dict[_Key, Callable[[], jax.stages.Lowered]] = {}
         # Where a branch makes the host wait for the device, steps that need none get programs without any.
-        self.kinds = (False, True) if branches_on_host else (False,)
-        for bucket, greedy in itertools.product(buckets, self.kinds):
+        self.kinds = _kinds(branches_on_host)
+        for bucket, kind in itertools.product(buckets, self.kinds):
             step = jax.jit(
                 make_step(
                     module,
                     bucket,
                     placement,
                     implementation,
-                    greedy=greedy,
+                    kind=kind,
                     exits_early=not branches_on_host,
                     hidden_layers=hidden_layers,
                 ),
@@ -71,7 +72,7 @@ class Programs:
             )
             rows = jax.ShapeDtypeStruct((NUM_ROW_FIELDS, bucket.rows), jnp.int32, sharding=replicated)
             pages = jax.ShapeDtypeStruct((NUM_PAGE_FIELDS, bucket.rows), jnp.int32, sharding=replicated)
-            jobs[bucket, greedy] = _job(step, params_of(bucket), caches, slots, rows, pages)
+            jobs[bucket, kind] = _job(step, params_of(bucket), caches, slots, rows, pages)
         write = jax.jit(write_rows, donate_argnums=0, out_shardings=replicated)
         for size in admission_sizes:
             index = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=replicated)
@@ -82,20 +83,24 @@ class Programs:
             jobs[size] = _job(write, slots, index, new)
         self._compiled = _compile_all(jobs, on_compiled)
 
-    def step(self, bucket: Bucket, *, greedy: bool = False) -> Compiled:
-        """The program of a bucket, for steps whose rows are all greedy if it says so."""
-        return self._compiled[bucket, greedy and True in self.kinds]
+    def step(self, bucket: Bucket, kind: SamplingKind = SamplingKind.ANY) -> Compiled:
+        """The program of a bucket, for steps whose rows ask for no more than ``kind``."""
+        return self._compiled[bucket, kind if kind in self.kinds else SamplingKind.ANY]
 
     def admit(self, size: int) -> Compiled:
         """The program that writes ``size`` rows into the slots."""
         return self._compiled[size]
 
 
+def _kinds(branches_on_host: bool) -> tuple[SamplingKind, ...]:
+    return tuple(SamplingKind) if branches_on_host else (SamplingKind.ANY,)
+
+
 def count_programs(
     buckets: Iterable[Bucket], admission_sizes: Iterable[int], *, branches_on_host: bool
 ) -> int:
     """How many programs `Programs` compiles, for a progress bar."""
-    return len(set(buckets)) * (2 if branches_on_host else 1) + len(set(admission_sizes))
+    return len(set(buckets)) * len(_kinds(branches_on_host)) + len(set(admission_sizes))
 
 
 def _job(function: Any, *args: Any) -> Callable[[], jax.stages.Lowered]:

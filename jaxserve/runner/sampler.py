@@ -3,15 +3,16 @@
 The order of operations is vLLM's: log-probabilities come from the raw logits; then penalties, logit bias and
 masked end tokens; then either the best token, or temperature, min-p, top-k, top-p and a draw.
 
-Nothing sorts the vocabulary: what top-k and top-p keep is "every logit from some value up", and that value
-is found by bisection. What is drawn for a row depends on its logits, its seed and its position only, so it is
-the same in any batch, bucket or slot, and after a preemption. What no row asks for is not computed.
+Nothing sorts the vocabulary (`jaxserve.runner.token_filters`). What is drawn for a row depends on its logits,
+its seed and its position only, so it is the same in any batch, bucket or slot, and after a preemption. What
+no row asks for is not computed.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import enum
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,16 +21,29 @@ import numpy as np
 
 from jaxserve.core.plan import Admission
 from jaxserve.request import SamplingParams
+from jaxserve.runner.token_filters import UNBRANCHED, UNTIL_DECIDED, Search, keep_mask
 from jaxserve.validation import MAX_LOGIT_BIAS_ENTRIES, MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
 
 # The request's own stop tokens and the model's end tokens.
 MAX_STOP_IDS = MAX_STOP_TOKEN_IDS + 16
 
-_LOWEST_KEY = -(2**31)
-_HIGHEST_KEY = 2**31 - 1
 _ARGMAX_BLOCK = 128
 _SMALLEST_TOP_P = 1e-30
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+
+
+class SamplingKind(enum.IntEnum):
+    """What rows ask of the sampler; a step asks for the most that any of its rows does.
+
+    Attributes:
+        GREEDY: the best token of the model's own logits, and nothing else.
+        DRAWN: that, or a draw by temperature, min-p, top-k and top-p.
+        ANY: everything: edited logits and log-probabilities as well.
+    """
+
+    GREEDY = 0
+    DRAWN = 1
+    ANY = 2
 
 
 @jax.tree_util.register_dataclass
@@ -157,7 +171,9 @@ def sample(logits: jax.Array, state: SamplingState, tokens: jax.Array, num_token
     def choose() -> jax.Array:
         edited = _edit_logits(logits, state, tokens, num_tokens, edits)
         greedy = _argmax(edited)
-        drawn = jax.lax.cond(jnp.any(draws), lambda: _draw(edited, state, num_tokens, draws), lambda: greedy)
+        drawn = jax.lax.cond(
+            jnp.any(draws), lambda: _draw(edited, state, num_tokens, draws, UNTIL_DECIDED), lambda: greedy
+        )
         return jnp.where(draws, drawn, greedy)
 
     token_ids = jax.lax.cond(jnp.any(draws | edits), choose, lambda: _argmax(logits))
@@ -172,15 +188,31 @@ def sample(logits: jax.Array, state: SamplingState, tokens: jax.Array, num_token
 
 
 def take_best(logits: jax.Array) -> Sampled:
-    """What `sample` gives where every row `is_greedy`, with no branch in it.
+    """What `sample` gives for rows of kind `GREEDY`, with no branch in it.
 
     Args:
         logits: float32 [R, V].
     """
+    return _unreported(logits, _argmax(logits))
+
+
+def draw(logits: jax.Array, state: SamplingState, num_tokens: jax.Array) -> Sampled:
+    """What `sample` gives for rows of kinds `GREEDY` and `DRAWN`, with no branch in it.
+
+    Args:
+        logits: float32 [R, V].
+        state: the rows' parameters.
+        num_tokens: int32 [R]; as for `sample`.
+    """
+    draws = (num_tokens > 0) & (state.temperature > 0.0)
+    drawn = _draw(logits, state, num_tokens, draws, UNBRANCHED)
+    return _unreported(logits, jnp.where(draws, drawn, _argmax(logits)))
+
+
+def _unreported(logits: jax.Array, token_ids: jax.Array) -> Sampled:
     finite = jnp.all(jnp.isfinite(logits), axis=-1)
-    token_ids = jnp.where(finite, _argmax(logits), 0)
     report = _empty_report(logits.shape[0], min(MAX_LOGPROBS, logits.shape[1]))
-    return Sampled(token_ids, *report, finite)
+    return Sampled(jnp.where(finite, token_ids, 0), *report, finite)
 
 
 def has_stopped(state: SamplingState, token_ids: jax.Array, position: jax.Array) -> jax.Array:
@@ -195,8 +227,8 @@ def has_stopped(state: SamplingState, token_ids: jax.Array, position: jax.Array)
     return is_stop & (position + 1 - state.prompt_len > state.min_tokens)
 
 
-def is_greedy(params: SamplingParams) -> bool:
-    """Whether a request always takes the best token of the model's own logits and asks for nothing else."""
+def kind_of(params: SamplingParams) -> SamplingKind:
+    """What a request asks of the sampler in each of its steps."""
     edits = (
         params.repetition_penalty != 1.0
         or params.presence_penalty != 0.0
@@ -204,7 +236,9 @@ def is_greedy(params: SamplingParams) -> bool:
         or params.min_tokens > 0
         or bool(params.logit_bias)
     )
-    return params.temperature <= 0.0 and params.logprobs is None and not edits
+    if edits or params.logprobs is not None:
+        return SamplingKind.ANY
+    return SamplingKind.DRAWN if params.temperature > 0.0 else SamplingKind.GREEDY
 
 
 def _argmax(logits: jax.Array) -> jax.Array:
@@ -285,10 +319,12 @@ def _penalise(logits: jax.Array, state: SamplingState, tokens: jax.Array, num_to
     return jnp.where(_has_penalties(state)[:, None], edited, logits)
 
 
-def _draw(logits: jax.Array, state: SamplingState, num_tokens: jax.Array, draws: jax.Array) -> jax.Array:
+def _draw(
+    logits: jax.Array, state: SamplingState, num_tokens: jax.Array, draws: jax.Array, search: Search
+) -> jax.Array:
     """Draws from the filtered distribution by the Gumbel-max trick, [R]."""
     scaled = _temper(logits, state, draws)
-    kept = keep_mask(scaled, state, draws)
+    kept = keep_mask(scaled, state, draws, search)
     noise = gumbel_noise(state.seed, num_tokens, logits.shape[1])
     perturbed = jnp.where(kept, scaled + noise, -jnp.inf)
     return _argmax(perturbed)
@@ -332,105 +368,6 @@ def threefry(
         x0 = x0 + keys[(group + 1) % 3]
         x1 = x1 + keys[(group + 2) % 3] + jnp.uint32(group + 1)
     return x0, x1
-
-
-def keep_mask(scaled: jax.Array, state: SamplingState, draws: jax.Array) -> jax.Array:
-    """Which tokens may be drawn, bool [R, V].
-
-    min-p first, then top-k among its survivors, then top-p among theirs. A token is kept or dropped by its
-    logit alone, so tokens that tie at a threshold are kept together.
-
-    Args:
-        scaled: float32 [R, V], logits over temperature with a maximum of 0 in each row.
-        state: the rows' parameters.
-        draws: bool [R]; the other rows cost nothing, and what is returned for them means nothing.
-    """
-    with_min_p = draws & (state.min_p > 0.0)
-    floor = jnp.where(with_min_p, jnp.log(jnp.where(with_min_p, state.min_p, 1.0)), -jnp.inf)
-    scaled = jnp.where(scaled >= floor[:, None], scaled, -jnp.inf)
-    with_top_k = draws & (state.top_k > 0) & (state.top_k < scaled.shape[1])
-    with_top_p = draws & (state.top_p < 1.0)
-
-    def top_k(x: jax.Array) -> jax.Array:
-        def enough(count: jax.Array, _: jax.Array) -> jax.Array:
-            return count >= state.top_k
-
-        return _keep_from(x, _threshold(x, jnp.ones_like(x), enough, with_top_k))
-
-    def top_p(x: jax.Array) -> jax.Array:
-        mass = jnp.exp(x)
-        wanted = state.top_p * jnp.sum(mass, axis=-1)
-
-        def enough(_: jax.Array, kept_mass: jax.Array) -> jax.Array:
-            return kept_mass >= wanted
-
-        return _keep_from(x, _threshold(x, mass, enough, with_top_p))
-
-    scaled = jax.lax.cond(jnp.any(with_top_k), top_k, lambda x: x, scaled)
-    scaled = jax.lax.cond(jnp.any(with_top_p), top_p, lambda x: x, scaled)
-    return scaled > -jnp.inf
-
-
-def _keep_from(x: jax.Array, threshold: jax.Array) -> jax.Array:
-    return jnp.where(_ordered_bits(x) >= threshold[:, None], x, -jnp.inf)
-
-
-def _ordered_bits(x: jax.Array) -> jax.Array:
-    """int32 of the same order as the float32 (no NaN): the bits of negative numbers run backwards."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
-    keys = bits ^ ((bits >> 31) & _HIGHEST_KEY)
-    return jnp.where(keys == -1, 0, keys)  # -0.0 equals 0.0
-
-
-def _threshold(
-    x: jax.Array,
-    mass: jax.Array,
-    enough: Callable[[jax.Array, jax.Array], jax.Array],
-    wanted: jax.Array,
-) -> jax.Array:
-    """The highest key such that keeping every element from it up is still enough, int32 [R].
-
-    Exact: it bisects the integers that order floats, at most 32 passes over x. A row is done as soon as only
-    one element is left to decide about.
-
-    Args:
-        x: float32 [R, V].
-        mass: float32 [R, V], not negative.
-        enough: count int32 [R] and mass float32 [R] of what is kept -> bool [R]; monotonic.
-        wanted: bool [R]; the other rows keep everything.
-    """
-    keys = _ordered_bits(x)
-    rows, vocab = x.shape
-    everything = jnp.full(rows, vocab, jnp.int32)
-    low = jnp.full(rows, _LOWEST_KEY, jnp.int32)
-    high = jnp.full(rows, _HIGHEST_KEY, jnp.int32)
-
-    def pending(carry: tuple[jax.Array, ...]) -> jax.Array:
-        return jnp.any(carry[-1])
-
-    def halve(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        low, high, low_count, high_count, undecided = carry  # keeping from low is enough, from high is not
-        middle = (low & high) + ((low ^ high) >> 1)
-        count, kept_mass = _count_and_mass(keys >= middle[:, None], mass)
-        is_enough = enough(count, kept_mass)
-        raise_low, lower_high = undecided & is_enough, undecided & ~is_enough
-        low, low_count = jnp.where(raise_low, middle, low), jnp.where(raise_low, count, low_count)
-        high, high_count = jnp.where(lower_high, middle, high), jnp.where(lower_high, count, high_count)
-        undecided &= (low_count - high_count > 1) & (high - low != 1)
-        return low, high, low_count, high_count, undecided
-
-    return jax.lax.while_loop(pending, halve, (low, high, everything, jnp.zeros_like(everything), wanted))[0]
-
-
-def _count_and_mass(kept: jax.Array, mass: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Both sums over a row in one pass, which on a CPU is four times as fast as two."""
-    count, total = jax.lax.reduce(
-        (kept.astype(jnp.int32), jnp.where(kept, mass, 0.0)),
-        (jnp.int32(0), jnp.float32(0.0)),
-        lambda a, b: (a[0] + b[0], a[1] + b[1]),
-        (1,),
-    )
-    return count, total
 
 
 def _report(

@@ -24,7 +24,7 @@ from jaxserve.pallas_kernels.ragged_paged_attention.api import (
 )
 from jaxserve.pallas_kernels.ragged_paged_attention.metadata import token_places
 from jaxserve.runner.kv_cache import cache_specs
-from jaxserve.runner.sampler import Sampled, has_stopped, sample, take_best
+from jaxserve.runner.sampler import Sampled, SamplingKind, draw, has_stopped, sample, take_best
 from jaxserve.runner.slots import SlotState, take, take_sampling, update_pages, write_hidden, write_sampled
 
 NOT_FINITE = -1  # in place of a token id: the row's logits were not
@@ -64,7 +64,7 @@ def make_step(
     placement: Placement,
     implementation: Implementation,
     *,
-    greedy: bool = False,
+    kind: SamplingKind = SamplingKind.ANY,
     exits_early: bool = True,
     hidden_layers: tuple[int, ...] = (),
 ) -> StepFn:
@@ -74,14 +74,12 @@ def make_step(
     ``StepBatch.page_updates`` int32 [3, R]. It returns caches, slots, and what was sampled.
 
     Args:
-        greedy: for steps of which every row `is_greedy`.
+        kind: the most that a row may ask of the sampler.
         exits_early: a loop ends with its last row; if not, it always takes all of its steps, so that the host
             need not look at the device after each.
         hidden_layers: whose states ``slots.hidden`` takes (`Decoder.with_states`); none: it is None.
     """
-    forward = _make_forward(
-        module, bucket, placement, implementation, greedy=greedy, hidden_layers=hidden_layers
-    )
+    forward = _make_forward(module, bucket, placement, implementation, kind=kind, hidden_layers=hidden_layers)
 
     def step(
         params: Params, caches: Caches, slots: SlotState, rows: jax.Array, page_updates: jax.Array
@@ -175,7 +173,7 @@ def _make_forward(
     placement: Placement,
     implementation: Implementation,
     *,
-    greedy: bool,
+    kind: SamplingKind,
     hidden_layers: tuple[int, ...],
 ) -> _ForwardFn:
     """One pass of the model over the rows, and a token for each that samples."""
@@ -207,10 +205,14 @@ def _make_forward(
             )
         # Rows that do not sample have no position, and so cost nothing in the sampler.
         position = jnp.where(samples, end, 0)
-        if greedy:
-            sampled = take_best(logits)
-        else:
-            sampled = sample(logits, take_sampling(slots.sampling, slot), take(slots.tokens, slot), position)
+        match kind:
+            case SamplingKind.GREEDY:
+                sampled = take_best(logits)
+            case SamplingKind.DRAWN:
+                sampled = draw(logits, take_sampling(slots.sampling, slot), position)
+            case SamplingKind.ANY:
+                sampling = take_sampling(slots.sampling, slot)
+                sampled = sample(logits, sampling, take(slots.tokens, slot), position)
         tokens = write_sampled(slots.tokens, slot, end, sampled.token_ids, samples)
         return caches, dataclasses.replace(slots, tokens=tokens), sampled
 

@@ -78,7 +78,7 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, Cache]:
         """[T, D] -> [T, D] and the updated cache."""
         bias = None if self.qkv_bias is None else self.qkv_bias[...]
-        qkv = linear(x, self.qkv[...], bias).astype(x.dtype)  # [T, Hkv, g + 2, hd]
+        qkv = linear(x, self.qkv[...], bias)  # [T, Hkv, g + 2, hd]
         num_tokens, heads, entries, head_dim = qkv.shape
         q, k, v = qkv[:, :, :-2], qkv[:, :, -2], qkv[:, :, -1]
         if self.q_norm is not None and self.k_norm is not None:
@@ -87,5 +87,4 @@ class Attention(nnx.Module):
         flat_q = q.reshape(num_tokens, heads * (entries - 2), head_dim)
         out, kv_cache = attend(flat_q, k, v, kv_cache, self.options)
         out_bias = None if self.o_bias is None else self.o_bias[...]
-        out = linear(out.reshape(q.shape), self.o[...], out_bias, contracting=3)
-        return out.astype(x.dtype), kv_cache
+        return linear(out.reshape(q.shape), self.o[...], out_bias, contracting=3), kv_cache

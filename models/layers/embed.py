@@ -25,4 +25,4 @@ class Embedding(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[R, hidden] -> float32 [R, vocab]."""
-        return linear(hidden, self.weight[...])
+        return linear(hidden, self.weight[...], dtype=jnp.float32)

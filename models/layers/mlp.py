@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -49,8 +50,8 @@ class Mlp(nnx.Module):
         self.down = declare((hidden, ffn), dtype, (None, "ffn"), std=ffn**-0.5)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[T, D] -> [T, D]; between the products in float32, rounded once."""
-        gate_up = linear(x, self.gate_up[...])  # [T, F / b, 2, b]
+        """[T, D] -> [T, D]; between the products in float32, rounded before and after."""
+        gate_up = linear(x, self.gate_up[...]).astype(jnp.float32)  # [T, F / b, 2, b]
         inner = activate(gate_up[:, :, 0], self.activation) * gate_up[:, :, 1]
         inner = inner.reshape(x.shape[0], -1).astype(x.dtype)
-        return linear(inner, self.down[...]).astype(x.dtype)
+        return linear(inner, self.down[...])

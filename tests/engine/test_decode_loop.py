@@ -17,6 +17,7 @@ from jaxserve.errors import ConfigError
 from jaxserve.outputs import CompletionOutput
 from jaxserve.platforms.cpu import Cpu
 from jaxserve.runner.compile_counter import compile_counter
+from jaxserve.runner.sampler import SamplingKind
 from tests.support.byte_tokenizer import END_ID
 from tests.support.tiny_checkpoint import write_tiny_checkpoint
 
@@ -231,7 +232,7 @@ def test_a_loop_may_take_all_of_its_steps(
         assert ends(run(llm, lengths())) == ends(run(plain, lengths()))
         assert num_loops(llm) > 0
         runner: Any = llm.engine.loop.core._executor
-        text = runner._programs.step(Bucket(6, 6, STEPS), greedy=True).as_text()
+        text = runner._programs.step(Bucket(6, 6, STEPS), SamplingKind.GREEDY).as_text()
         assert '"known_trip_count":{"n":"8"}' in text
 
 

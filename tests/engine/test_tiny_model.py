@@ -19,6 +19,7 @@ from jaxserve.pallas_kernels.layout import KVLayout
 from jaxserve.platforms.cpu import Cpu
 from jaxserve.runner.compile_counter import compile_counter
 from jaxserve.runner.programs import Programs
+from jaxserve.runner.sampler import SamplingKind, kind_of
 from tests.support.byte_tokenizer import END_ID
 from tests.support.tiny_checkpoint import write_tiny_checkpoint
 
@@ -91,29 +92,33 @@ def test_alone_and_in_a_batch(llm: LLM, alone: list[list[int]]) -> None:
     assert alone[7] == [65] * 20, "a bias of 100 decides"
 
 
-def test_greedy_steps_may_have_programs_without_branches(
+def test_steps_may_have_programs_without_branches(
     checkpoint: Path, alone: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    used: dict[bool, Any] = {}
+    used: dict[SamplingKind, Any] = {}
     step_of = Programs.step
 
-    def spy(self: Programs, bucket: Bucket, *, greedy: bool = False) -> Any:
-        used[greedy] = step_of(self, bucket, greedy=greedy)
-        return used[greedy]
+    def spy(self: Programs, bucket: Bucket, kind: SamplingKind = SamplingKind.ANY) -> Any:
+        used[kind] = step_of(self, bucket, kind)
+        return used[kind]
 
     monkeypatch.setattr(Cpu, "branches_on_host", True)
     monkeypatch.setattr(Programs, "step", spy)
     prompts, params = work()
     with LLM(str(checkpoint), **PLAIN) as llm:
         compiles = compile_counter().count
-        used.clear()
-        assert llm.generate(prompts[:1], params[0], use_tqdm=False)[0].outputs[0].token_ids == alone[0]
-        assert set(used) == {True}
+        programs = {}
+        for kind in SamplingKind:
+            mine = [i for i, each in enumerate(params) if kind_of(each) == kind]
+            used.clear()
+            outputs = llm.generate([prompts[i] for i in mine], [params[i] for i in mine], use_tqdm=False)
+            assert [output.outputs[0].token_ids for output in outputs] == [alone[i] for i in mine]
+            assert set(used) == {kind}
+            programs |= used
         assert answers(llm) == alone
         assert compile_counter().count == compiles
-    texts = {greedy: program.as_text() for greedy, program in used.items()}
-    assert " conditional(" in texts[False]
-    assert " conditional(" not in texts[True]
+    branches = {kind: " conditional(" in program.as_text() for kind, program in programs.items()}
+    assert branches == {SamplingKind.GREEDY: False, SamplingKind.DRAWN: False, SamplingKind.ANY: True}
 
 
 def test_neighbours_change_nothing(llm: LLM, alone: list[list[int]]) -> None:

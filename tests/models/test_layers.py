@@ -19,8 +19,13 @@ def test_linear_contracts_several_axes_and_adds_the_bias_before_rounding():
     out = linear(jnp.asarray(x), jnp.asarray(weight), jnp.asarray(bias), contracting=3)
     expected = x.reshape(3, -1).astype(np.float64) @ weight.reshape(7, -1).T + bias
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
-    half = linear(jnp.asarray(x, jnp.bfloat16), jnp.asarray(weight, jnp.bfloat16), contracting=3)
-    assert half.dtype == jnp.float32
+    halves = jnp.asarray(x, jnp.bfloat16), jnp.asarray(weight, jnp.bfloat16), jnp.asarray(bias, jnp.bfloat16)
+    exact = linear(*halves, contracting=3, dtype=jnp.float32)
+    assert exact.dtype == jnp.float32
+    assert (linear(*halves, contracting=3) == exact.astype(jnp.bfloat16)).all()
+    without_bias = linear(*halves[:2], contracting=3)
+    assert without_bias.dtype == jnp.bfloat16
+    assert (without_bias == linear(*halves[:2], contracting=3, dtype=jnp.float32).astype(jnp.bfloat16)).all()
 
 
 def test_float32_products_ask_for_float32():

@@ -18,11 +18,11 @@ from jaxserve.runner.sampler import (
     Sampled,
     SamplingState,
     gumbel_noise,
-    keep_mask,
     sample,
     sampling_rows,
     threefry,
 )
+from jaxserve.runner.token_filters import UNBRANCHED, UNTIL_DECIDED, Search, keep_mask
 from tests.support import sampling_oracle
 
 VOCAB = 97
@@ -103,25 +103,32 @@ FILTERS: list[dict[str, Any]] = [
 ]
 
 
+SEARCHES = pytest.mark.parametrize("search", [UNTIL_DECIDED, UNBRANCHED])
+
+
+@SEARCHES
 @pytest.mark.parametrize("ties", [False, True])
-def test_kept_set_equals_that_of_sorting(ties: bool) -> None:
+def test_kept_set_equals_that_of_sorting(ties: bool, search: Search) -> None:
     logits = random_logits(len(FILTERS), seed=1)
     if ties:
         logits = np.round(logits)
     state = states(*(admission(SamplingParams(**filters)) for filters in FILTERS))
     draws = jnp.ones(len(FILTERS), bool)
     scaled = (logits - logits.max(axis=1, keepdims=True)) / np.asarray(state.temperature)[:, None]
-    kept = np.asarray(jax.jit(keep_mask)(jnp.asarray(scaled), state, draws))
+    kept = np.asarray(jax.jit(keep_mask, static_argnums=3)(jnp.asarray(scaled), state, draws, search))
     for row, filters in enumerate(FILTERS):
         want = sampling_oracle.kept_tokens(logits[row].astype(np.float64), **filters)
         assert set(np.flatnonzero(kept[row]).tolist()) == want, filters
 
 
-def test_top_k_is_exact_on_neighbouring_floats_zeros_and_tiny_numbers() -> None:
+@SEARCHES
+def test_top_k_is_exact_on_neighbouring_floats_zeros_and_tiny_numbers(search: Search) -> None:
     values = [0.0, -0.0, -1e-45, -1e-38, np.nextafter(np.float32(-1), np.float32(0)), -1.0, -3e38]
     logits = np.array([values] * 7, np.float32)
     state = states(*(admission(SamplingParams(top_k=k)) for k in range(1, 8)))
-    kept = np.asarray(jax.jit(keep_mask)(jnp.asarray(logits), state, jnp.ones(7, bool)))
+    kept = np.asarray(
+        jax.jit(keep_mask, static_argnums=3)(jnp.asarray(logits), state, jnp.ones(7, bool), search)
+    )
     counts = kept.sum(axis=1).tolist()
     # The two zeros tie; the subnormal is distinct from them or, where the device flushes it, ties with them.
     assert counts in ([2, 2, 3, 4, 5, 6, 7], [3, 3, 3, 4, 5, 6, 7])
