@@ -19,7 +19,8 @@ KVCacheDType = Literal["auto", "int8", "fp8"]
 Batching = Literal["continuous", "static", "dynamic"]
 Ordering = Literal["fcfs", "priority", "strict_priority", "sjf", "mlfq", "fair", "lpm", "dlpm", "spf"]
 Composition = Literal["chunked", "slo", "phase", "partition"]
-Victim = Literal["auto", "latest", "least_urgent", "most_remaining"]
+Capacity = Literal["watermark", "predicted"]
+Victim = Literal["auto", "latest", "least_urgent", "most_remaining", "value"]
 Attention = Literal["auto", "reference", "xla", "mosaic_gpu", "triton", "mosaic_tpu"]
 Device = Literal["auto", "cpu", "gpu", "tpu"]
 Prediction = Literal["mean", "fused"]
@@ -80,6 +81,9 @@ class CacheConfig:
     watermark: float = _option(
         0.01, "share of the pages that admission leaves free for running requests to grow"
     )
+    host_kv_bytes: int = _option(
+        0, "bytes of host memory for KV pages of preempted requests; 0 computes their tokens again"
+    )
     enable_prefix_caching: bool = _option(
         True, "keep the pages of finished requests, and share them with requests that begin alike"
     )
@@ -94,6 +98,12 @@ class SchedulerConfig:
     )
     ordering: Ordering = _option("fcfs", "order of the waiting queue")
     composition: Composition = _option("chunked", "how much of a step goes to prompts")
+    capacity: Capacity = _option(
+        "watermark", "who may run: whoever fits now (watermark), or while the predicted peak fits (predicted)"
+    )
+    demand_quantile: float = _option(
+        0.75, "predicted: quantile of the page demand that must fit; more admits fewer"
+    )
     victim: Victim = _option("auto", "who gives up its pages when none is left; auto goes with the ordering")
     max_num_seqs: int | None = _option(None, "slots: requests that run at once")
     max_num_batched_tokens: int | None = _option(None, "token budget of one step; longer prompts are chunked")
@@ -242,6 +252,7 @@ def check(config: EngineConfig) -> None:
         ("batching", scheduler.batching, Batching),
         ("ordering", scheduler.ordering, Ordering),
         ("composition", scheduler.composition, Composition),
+        ("capacity", scheduler.capacity, Capacity),
         ("victim", scheduler.victim, Victim),
         ("length_predictor", prediction.length_predictor, Prediction),
         ("attention", runner.attention, Attention),
@@ -253,13 +264,6 @@ def check(config: EngineConfig) -> None:
         "model",
         model.model,
         "must be a non-empty name or path",
-    )
-    size = cache.page_size
-    _require(
-        size is None or (_is_int(size) and 1 <= size <= 1024 and size & (size - 1) == 0),
-        "page_size",
-        size,
-        "must be a power of two up to 1024",
     )
     for name, value in (
         ("max_model_len", model.max_model_len),
@@ -277,13 +281,48 @@ def check(config: EngineConfig) -> None:
             value,
             "must be a positive integer",
         )
+    _check_cache(cache)
+    _check_scheduler(scheduler)
+    for name, file in (
+        ("decision_log", scheduler.decision_log),
+        ("record", scheduler.record),
+        ("length_head", prediction.length_head),
+        ("record_hidden", prediction.record_hidden),
+    ):
+        _require(file is None or (isinstance(file, str) and bool(file)), name, file, "must be a path")
+    _require_increasing("hidden_layers", prediction.hidden_layers)
+    _check_ladders(runner, scheduler.max_num_batched_tokens)
+
+
+def _check_cache(cache: CacheConfig) -> None:
+    size = cache.page_size
+    _require(
+        size is None or (_is_int(size) and 1 <= size <= 1024 and size & (size - 1) == 0),
+        "page_size",
+        size,
+        "must be a power of two up to 1024",
+    )
     for name, share in (("memory_fraction", cache.memory_fraction), ("watermark", cache.watermark)):
         _require(_is_number(share) and 0.0 <= share <= 1.0, name, share, "must be a number in [0, 1]")
+    host_bytes = cache.host_kv_bytes
+    _require(
+        _is_int(host_bytes) and 0 <= host_bytes < 2**50, "host_kv_bytes", host_bytes, "must be in [0, 2**50)"
+    )
     _require(
         isinstance(cache.enable_prefix_caching, bool),
         "enable_prefix_caching",
         cache.enable_prefix_caching,
         "must be true or false",
+    )
+
+
+def _check_scheduler(scheduler: SchedulerConfig) -> None:
+    quantile = scheduler.demand_quantile
+    _require(
+        _is_number(quantile) and 0.0 < quantile < 1.0,
+        "demand_quantile",
+        quantile,
+        "must be a number in (0, 1)",
     )
     _require(
         scheduler.pipeline_depth in (0, 1, 2), "pipeline_depth", scheduler.pipeline_depth, "must be 0, 1 or 2"
@@ -300,15 +339,6 @@ def check(config: EngineConfig) -> None:
         ("tpot_slo_s", scheduler.tpot_slo_s),
     ):
         _require(_is_number(seconds) and 0.0 < seconds <= 86400.0, name, seconds, "must be in (0, 86400]")
-    for name, file in (
-        ("decision_log", scheduler.decision_log),
-        ("record", scheduler.record),
-        ("length_head", prediction.length_head),
-        ("record_hidden", prediction.record_hidden),
-    ):
-        _require(file is None or (isinstance(file, str) and bool(file)), name, file, "must be a path")
-    _require_increasing("hidden_layers", prediction.hidden_layers)
-    _check_ladders(runner, scheduler.max_num_batched_tokens)
 
 
 def _check_ladders(runner: RunnerConfig, budget: int | None) -> None:

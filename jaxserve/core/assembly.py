@@ -16,7 +16,9 @@ from jaxserve.core.plan import Bucket
 from jaxserve.core.policies.registry import make_policies
 from jaxserve.core.policy import PolicyContext
 from jaxserve.core.prefix_cache import PrefixCache
+from jaxserve.core.resume_costs import NO_HOST, HostTier, ResumeCosts
 from jaxserve.core.scheduler import Scheduler
+from jaxserve.core.swap import SwapSpace
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +34,7 @@ class Assembly:
         watermark_pages: pages that admission leaves free.
         max_queued_requests: waiting requests beyond which new ones are refused.
         prefix_caching: whether requests with the same beginning share its pages.
+        host: memory for the pages of preempted requests.
     """
 
     scheduler: SchedulerConfig
@@ -42,6 +45,7 @@ class Assembly:
     watermark_pages: int
     max_queued_requests: int
     prefix_caching: bool
+    host: HostTier = NO_HOST
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -58,6 +62,7 @@ class Assembly:
             ladder["decode_steps"],
         )
         fields["scheduler"] = SchedulerConfig(**fields["scheduler"])
+        fields["host"] = HostTier(**fields["host"])
         return cls(**fields)
 
 
@@ -66,22 +71,27 @@ def assemble(assembly: Assembly, costs: CostModel, decision_log: DecisionLog | N
     pool = PagePool(assembly.num_pages)
     cache = PrefixCache(pool, assembly.page_size, _chunk_seconds(assembly.ladder, costs))
     kv = KVCacheManager(pool, assembly.page_size, cache if assembly.prefix_caching else None)
+    ladder, host = assembly.ladder, assembly.host
+    resume = ResumeCosts(costs, ladder.token_budget, ladder.mixed_rows, assembly.page_size, host)
     context = PolicyContext(
         config=assembly.scheduler,
         num_slots=assembly.num_slots,
-        token_budget=assembly.ladder.token_budget,
-        chunk_sizes=assembly.ladder.mixed_tokens,
+        token_budget=ladder.token_budget,
+        chunk_sizes=ladder.mixed_tokens,
         costs=costs,
+        resume=resume,
+        page_size=assembly.page_size,
         matched_tokens=kv.matched_tokens,
         page_occupancy=lambda: kv.occupancy,
     )
     return Scheduler(
         policies=make_policies(context),
         kv=kv,
-        ladder=assembly.ladder,
+        ladder=ladder,
         num_slots=assembly.num_slots,
         watermark_pages=assembly.watermark_pages,
         max_queued_requests=assembly.max_queued_requests,
+        swap=SwapSpace(host, assembly.page_size, resume),
         decision_log=decision_log,
     )
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TextIO, final
+
+from jaxserve.core.policy import Explaining, OrderingPolicy
+from jaxserve.request import Request
 
 
 @final
@@ -15,13 +18,12 @@ class DecisionLog:
         self._sink = sink
 
     def admitted(
-        self, step: int, now: float, request_id: str, *, waited_s: float, key: Sequence[float],
-        factors: Mapping[str, float],
-    ) -> None:  # fmt: skip
+        self, step: int, now: float, request: Request, *, key: Sequence[float], ordering: OrderingPolicy
+    ) -> None:
         """A request got a slot: by which key it stood first, and what went into that key."""
-        self._write(
-            "admit", step, now, request=request_id, waited_s=waited_s, key=list(key), factors=dict(factors)
-        )
+        factors = dict(ordering.factors(request)) if isinstance(ordering, Explaining) else {}
+        waited_s = now - request.arrival_time
+        self._write("admit", step, now, request=request.id, waited_s=waited_s, key=list(key), factors=factors)
 
     def preempted(self, step: int, now: float, request_id: str, *, for_id: str | None) -> None:
         """A request lost its slot: for the head of the queue, or (None) for want of pages."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import cast
 
+from jaxserve.core.buckets import BucketLadder
 from jaxserve.core.kv_cache_manager import KVCacheManager
-from jaxserve.core.plan import Admission, PageUpdate, StepRows
+from jaxserve.core.plan import Admission, Bucket, PageCopy, PageUpdate, StepPlan, StepRows
 from jaxserve.request import Request
 
 
@@ -32,6 +33,9 @@ class Draft:
     admissions: list[Admission] = dataclasses.field(default_factory=list[Admission])
     page_updates: list[PageUpdate] = dataclasses.field(default_factory=list[PageUpdate])
     preempted_ids: list[str] = dataclasses.field(default_factory=list[str])
+    saves: list[PageCopy] = dataclasses.field(default_factory=list[PageCopy])
+    loads: list[PageCopy] = dataclasses.field(default_factory=list[PageCopy])
+    landings: list[int] = dataclasses.field(default_factory=list[int])
     num_tokens: int = 0
     page_ends: list[Request] = dataclasses.field(default_factory=list[Request])
     loop_tokens: list[int] = dataclasses.field(default_factory=list[int])
@@ -59,6 +63,12 @@ class Draft:
         self.budget -= len(owners)
         return prefills
 
+    def grow(self, request: Request, num_tokens: int, kv: KVCacheManager) -> None:
+        """Gives a running request the one page more that so many tokens need; there must be one."""
+        kv.grow(request, num_tokens)
+        column = len(request.page_ids) - 1
+        self.page_updates.append(PageUpdate(cast(int, request.slot), column, request.page_ids[-1]))
+
     def lengthen_decodes(self, steps: list[int], kv: KVCacheManager) -> None:
         """Makes a loop of a plan that only decodes: so many tokens a row, fewer where no page is left.
 
@@ -69,9 +79,7 @@ class Draft:
         for request, start, wanted in zip(self.owners, self.starts, steps, strict=True):
             end, paged = start + wanted, len(request.page_ids) * page_size
             if end > paged and kv.num_available > 0:
-                kv.grow(request, end)
-                column = len(request.page_ids) - 1
-                self.page_updates.append(PageUpdate(cast(int, request.slot), column, request.page_ids[-1]))
+                self.grow(request, end, kv)
             elif end > paged:
                 end = paged
             self.loop_tokens.append(end - start)
@@ -97,6 +105,21 @@ class Draft:
             if end % self.page_size == 0:
                 self.page_ends.append(request)
 
+    def admit(self, request: Request) -> None:
+        """Tells the device all about a request that has a slot and pages."""
+        self.admissions.append(
+            Admission(
+                request_id=request.id,
+                slot=cast(int, request.slot),
+                token_ids=request.known_token_ids(),
+                page_ids=tuple(request.page_ids),
+                num_prompt_tokens=request.num_prompt_tokens,
+                params=request.params,
+                seed=request.seed,
+                stop_token_ids=tuple(sorted(request.stop_token_ids)),
+            )
+        )
+
     def rows(self) -> StepRows:
         """The rows so far."""
         decodes = len(self.owners) - len(self.chunks)
@@ -111,3 +134,24 @@ class Draft:
     def drop_pages(self, request: Request) -> None:
         """Forgets the entries of a request that loses its slot."""
         self.page_updates = [update for update in self.page_updates if update.slot != request.slot]
+
+    def finish(self, step: int, ladder: BucketLadder, num_held_slots: int) -> StepPlan:
+        """The plan, frozen, in the smallest shape that holds it and the slots that are held."""
+        return StepPlan(
+            step=step,
+            rows=self.rows(),
+            bucket=self._bucket(ladder, num_held_slots),
+            admissions=tuple(self.admissions),
+            page_updates=tuple(self.page_updates),
+            preempted_ids=tuple(self.preempted_ids),
+            saves=tuple(self.saves),
+            loads=tuple(self.loads),
+            landings=tuple(self.landings),
+            num_held_slots=num_held_slots,
+        )
+
+    def _bucket(self, ladder: BucketLadder, num_held_slots: int) -> Bucket:
+        num_rows, is_loop = len(self.owners), bool(self.loop_tokens)
+        if is_loop or self.num_tokens == num_rows:
+            return ladder.choose_decode(num_rows + num_held_slots, is_loop=is_loop)
+        return ladder.choose_mixed(self.num_tokens)

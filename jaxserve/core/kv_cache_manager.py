@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from jaxserve.core.page_pool import PagePool
+from jaxserve.core.policy import PagesView
 from jaxserve.core.prefix_cache import PrefixCache, PrefixCacheStats
 from jaxserve.core.radix_tree import NO_MATCH, Match
 from jaxserve.request import Request
@@ -64,10 +65,19 @@ class KVCacheManager:
         """Pages that hold ``num_tokens`` tokens."""
         return -(-num_tokens // self.page_size)
 
-    def has_room(self, request: Request, match: Match, reserve: int) -> bool:
-        """Whether the whole of a waiting request fits, besides what it would share, and ``reserve`` pages."""
-        price = self.pages_for(request.num_tokens) - match.num_pages
-        return price + reserve <= self.num_available - match.num_evictable
+    def new_pages(self, request: Request, match: Match) -> int:
+        """Pages that the whole of a waiting request needs besides what it would share."""
+        return self.pages_for(request.num_tokens) - match.num_pages
+
+    def view(self, match: Match, running: Sequence[Request], watermark_pages: int) -> PagesView:
+        """What there is besides the pages that a waiting request would share."""
+        return PagesView(
+            running=running,
+            num_usable=self.num_usable,
+            num_used=self.num_used + match.num_evictable,
+            num_available=self.num_available - match.num_evictable,
+            watermark_pages=watermark_pages,
+        )
 
     def admit(self, request: Request, match: Match, now: float) -> None:
         """Gives a request that has room all of its pages; those of the match are computed."""

@@ -96,6 +96,28 @@ class PageUpdate(NamedTuple):
     page: int
 
 
+# In a copy: nothing is copied there.
+NO_PAGE = -1
+
+
+class PageCopy(NamedTuple):
+    """KV pages that are copied to host memory, or back.
+
+    Attributes:
+        number: of the copy, counted from 1.
+        request_id: whose.
+        slot: that the request has.
+        blocks: of host memory; each holds as many pages as a block has.
+        pages: of all blocks in order; the last block may have fewer, and `NO_PAGE` may stand for some.
+    """
+
+    number: int
+    request_id: str
+    slot: int
+    blocks: tuple[int, ...]
+    pages: tuple[int, ...]
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Admission:
     """Everything the device must know about a request that takes a slot in this step.
@@ -125,9 +147,13 @@ class StepPlan:
             each ``num_tokens <= bucket.decode_steps``.
         bucket: the compiled shape that runs it.
         admissions: requests that take a slot just before the step; all have a row in it, but for those of a
-            batch (static, dynamic) whose prompts the step's budget has no room for.
+            batch (static, dynamic) whose prompts the step's budget has no room for. One whose pages are
+            being loaded is told when they land.
         page_updates: pages of requests that grew; at most one per row.
         preempted_ids: requests that lost their slot and pages in this plan.
+        saves: pages to copy to the host before anything else of this plan is done.
+        loads: blocks to bring to the device; they go into pages when they land.
+        landings: numbers of loads, of this plan or earlier ones, to put into their pages before the step.
         num_held_slots: slots kept by finished requests (static and dynamic batching), padded in the step.
     """
 
@@ -137,6 +163,9 @@ class StepPlan:
     admissions: tuple[Admission, ...] = ()
     page_updates: tuple[PageUpdate, ...] = ()
     preempted_ids: tuple[str, ...] = ()
+    saves: tuple[PageCopy, ...] = ()
+    loads: tuple[PageCopy, ...] = ()
+    landings: tuple[int, ...] = ()
     num_held_slots: int = 0
 
     @property
@@ -174,6 +203,9 @@ def plan_digest(plan: StepPlan) -> str:
         [(a.request_id, a.slot, len(a.token_ids), a.page_ids) for a in plan.admissions],
         plan.page_updates,
         plan.preempted_ids,
+        plan.saves,
+        plan.loads,
+        plan.landings,
         plan.num_held_slots,
     )
     return hashlib.blake2b(json.dumps(decided).encode(), digest_size=8).hexdigest()
@@ -197,10 +229,12 @@ class StepResult:
             where the row does not sample, or has stopped before.
         logprobs: per row, None where not asked for; None altogether if nobody asked, and in a loop.
         bad_rows: (decode step, index of the row) where the logits were not finite.
+        arrived: numbers of loads that have come to the device since the last result.
         device_s: seconds the executor took to run the step, by its own clock (0 if unknown).
     """
 
     token_ids: list[list[int]]
     logprobs: list[TopLogprobs | None] | None = None
     bad_rows: tuple[tuple[int, int], ...] = ()
+    arrived: tuple[int, ...] = ()
     device_s: float = 0.0

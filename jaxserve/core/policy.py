@@ -1,11 +1,11 @@
-"""The scheduler's four decisions, each behind a small interface: order, admission, composition, victim.
+"""The scheduler's five decisions, each behind an interface: order, admission, capacity, composition, victim.
 
 A policy sees requests and views, and returns a decision; what it remembers it learnt from the events that it
 asks for. Nothing here reads a clock, draws a random number or keeps a global: a plan is a function of state,
 time and configuration, and a recorded run replays exactly. The policies themselves are files in
 `jaxserve/core/policies`, found by name in `registry.py` there.
 
-Capabilities beyond the four interfaces are small protocols of their own (`ChangingKeys`, `LanedOrdering`,
+Capabilities beyond the five interfaces are small protocols of their own (`ChangingKeys`, `LanedOrdering`,
 `RankingPrefills`, `Preempting`, `RequestObserver`, `TokenObserver`, `Explaining`); a policy has one by having
 its methods.
 """
@@ -17,6 +17,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 from jaxserve.config import SchedulerConfig
 from jaxserve.core.cost_model import CostModel
+from jaxserve.core.resume_costs import ResumeCosts
 from jaxserve.request import Request
 
 type SortKey = tuple[float, ...]
@@ -31,6 +32,8 @@ class PolicyContext(NamedTuple):
         token_budget: most tokens of one step.
         chunk_sizes: token counts of the compiled shapes for steps with prefill, increasing.
         costs: what steps cost; refined while the engine runs.
+        resume: what it costs to put a preempted request back.
+        page_size: tokens of a KV page.
         matched_tokens: leading prompt tokens of a request that are in the cache already.
         page_occupancy: share of the KV pages in use.
     """
@@ -40,6 +43,8 @@ class PolicyContext(NamedTuple):
     token_budget: int
     chunk_sizes: tuple[int, ...]
     costs: CostModel
+    resume: ResumeCosts
+    page_size: int
     matched_tokens: Callable[[Request], int]
     page_occupancy: Callable[[], float]
 
@@ -63,6 +68,24 @@ class QueueView(NamedTuple):
     num_running: int
     num_held: int
     num_free_slots: int
+
+
+class PagesView(NamedTuple):
+    """What capacity may look at.
+
+    Attributes:
+        running: requests that hold a slot and are not finished.
+        num_usable: KV pages that requests can own.
+        num_used: of these, those that running and held requests own; one that several share counts once.
+        num_available: those that can be given out now.
+        watermark_pages: those that the configuration wants left free.
+    """
+
+    running: Sequence[Request]
+    num_usable: int
+    num_used: int
+    num_available: int
+    watermark_pages: int
 
 
 class StepView(NamedTuple):
@@ -183,6 +206,17 @@ class AdmissionPolicy(Protocol):
         ...
 
 
+class CapacityPolicy(Protocol):
+    """Whether the pages suffice for one more request. Pages themselves are taken when they are needed."""
+
+    def has_room(self, view: PagesView, request: Request, num_pages: int) -> bool:
+        """Whether a request that takes so many new pages now may run beside the others.
+
+        Never more than ``view.num_available``, and always true where nobody runs and they are available.
+        """
+        ...
+
+
 class CompositionPolicy(Protocol):
     """How much of a step's token budget goes to prompts; decodes come first and are never paused."""
 
@@ -204,5 +238,6 @@ class Policies(NamedTuple):
 
     ordering: OrderingPolicy
     admission: AdmissionPolicy
+    capacity: CapacityPolicy
     composition: CompositionPolicy
     victim: VictimPolicy

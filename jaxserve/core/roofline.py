@@ -25,6 +25,7 @@ class DeviceProfile:
         step_overhead_s: of every step, whatever is in it.
         collective_s: latency of one all-reduce.
         calibrated: whether the last four were fitted to measured steps.
+        host_bytes_s: of a copy from or to the host's memory, one direction.
         source: where the numbers come from.
     """
 
@@ -39,6 +40,7 @@ class DeviceProfile:
     collective_s: float
     calibrated: bool
     source: str
+    host_bytes_s: float = 25e9  # assumed: PCIe 4.0 with 16 lanes
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

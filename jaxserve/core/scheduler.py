@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import deque
 from itertools import compress
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 from jaxserve.core.buckets import BucketLadder
 from jaxserve.core.decision_log import DecisionLog
@@ -21,10 +21,11 @@ from jaxserve.core.draft import Draft
 from jaxserve.core.horizon import loop_steps
 from jaxserve.core.kv_cache_manager import KVCacheManager
 from jaxserve.core.observers import Observers
-from jaxserve.core.plan import Admission, Bucket, PageUpdate, StepPlan, StepResult
-from jaxserve.core.policy import Explaining, Policies, Preempting, QueueView, RankingPrefills, StepView
+from jaxserve.core.plan import StepPlan, StepResult
+from jaxserve.core.policy import Policies, Preempting, QueueView, RankingPrefills, StepView
 from jaxserve.core.prefix_cache import PrefixCacheStats
 from jaxserve.core.radix_tree import Match
+from jaxserve.core.swap import SwapSpace, SwapStats
 from jaxserve.core.updates import SchedulerStats, StepUpdates, finish_reason, live_rows
 from jaxserve.core.waiting_queue import WaitingQueue
 from jaxserve.errors import DuplicateRequestError, QueueFullError
@@ -55,6 +56,7 @@ class Scheduler:
         num_slots: int,
         watermark_pages: int,
         max_queued_requests: int,
+        swap: SwapSpace,
         decision_log: DecisionLog | None = None,
     ) -> None:
         self._policies = policies
@@ -63,6 +65,7 @@ class Scheduler:
         self._ranking = policies.ordering if isinstance(policies.ordering, RankingPrefills) else None
         self._log = decision_log
         self._kv = kv
+        self._swap = swap
         self._ladder = ladder
         self._watermark_pages = watermark_pages
         self._max_queued_requests = max_queued_requests
@@ -79,6 +82,7 @@ class Scheduler:
         self._outgrown: list[Request] = []  # longer than the upper quantile of their prediction
         self._step = 0
         self._num_preemptions = 0
+        self._num_lost_tokens = 0
         self._num_finished = 0
 
     # ------------------------------------------------------------------ requests come and go
@@ -155,12 +159,17 @@ class Scheduler:
             num_cached_pages=self._kv.num_cached,
             num_usable_pages=self._kv.num_usable,
             num_preemptions=self._num_preemptions,
+            num_lost_tokens=self._num_lost_tokens - self._swap.stats().resumed_tokens,
             num_finished=self._num_finished,
         )
 
     def prefix_cache_stats(self) -> PrefixCacheStats | None:
         """Counters of the prefix cache; None without one."""
         return self._kv.prefix_cache_stats()
+
+    def swap_stats(self) -> SwapStats:
+        """Counters of the host tier."""
+        return self._swap.stats()
 
     # ------------------------------------------------------------------ planning
 
@@ -176,7 +185,11 @@ class Scheduler:
             self._waiting.refresh(now)
             if self._preempting is not None and not self._free_slots:
                 self._make_room(self._preempting, now, draft)
+        if self._swap.num_loading:
+            self._land(draft)
         prefills = draft.plan_decodes(self._running)
+        if self._swap.num_loading:
+            prefills = [request for request in prefills if not self._swap.is_loading(request)]
         num_decodes = len(draft.owners)
         if prefills or self._waiting:
             self._plan_prefills(prefills, now, draft)
@@ -185,24 +198,11 @@ class Scheduler:
         self._page_ends = draft.page_ends
         if not draft.owners:
             return None
-        plan = StepPlan(
-            step=self._step,
-            rows=draft.rows(),
-            bucket=self._bucket(draft),
-            admissions=tuple(draft.admissions),
-            page_updates=tuple(draft.page_updates),
-            preempted_ids=tuple(draft.preempted_ids),
-            num_held_slots=len(self._held),
-        )
+        self._swap.take_copies(draft)
+        plan = draft.finish(self._step, self._ladder, len(self._held))
         self._step += 1
         self._in_flight.append(_InFlight(plan, draft.owners, self._num_finished))
         return plan
-
-    def _bucket(self, draft: Draft) -> Bucket:
-        num_rows, is_loop = len(draft.owners), bool(draft.loop_tokens)
-        if is_loop or draft.num_tokens == num_rows:
-            return self._ladder.choose_decode(num_rows + len(self._held), is_loop=is_loop)
-        return self._ladder.choose_mixed(draft.num_tokens)
 
     def _look_ahead(self, draft: Draft) -> None:
         """Lets a plan that only decodes make several tokens a row, if nobody can take a slot meanwhile."""
@@ -223,10 +223,14 @@ class Scheduler:
             while self._kv.num_available == 0 and request.status is RequestStatus.RUNNING:
                 self._preempt(self._policies.victim.choose(self._running), now, draft)
             if request.status is RequestStatus.RUNNING:
-                self._kv.grow(request, request.num_tokens)
-                draft.page_updates.append(
-                    PageUpdate(cast(int, request.slot), len(request.page_ids) - 1, request.page_ids[-1])
-                )
+                draft.grow(request, request.num_tokens, self._kv)
+
+    def _land(self, draft: Draft) -> None:
+        """Lets those compute again whose pages have come back."""
+        is_idle = not self._in_flight and self._swap.num_loading == len(self._running)
+        for request in self._swap.land(draft, waits_for_nothing_else=is_idle):
+            self._kv.computed(request)
+            draft.admit(request)
 
     def _make_room(self, ordering: Preempting, now: float, draft: Draft) -> None:
         """Lets the ordering take a slot from a running request for the head of the queue."""
@@ -292,8 +296,8 @@ class Scheduler:
         """
         is_batch = self._policies.admission.holds_slots
         quota = min(self._policies.admission.quota(self._view(now)), len(self._free_slots))
-        quota += len(draft.admissions)
-        while len(draft.admissions) < quota and (is_batch or draft.budget > 0):
+        while quota > 0 and (is_batch or draft.budget > 0):
+            quota -= 1
             request = self._waiting.peek()
             if request is None or self._is_in_flight(request):  # a resumed request's tokens must be known
                 return
@@ -302,48 +306,37 @@ class Scheduler:
             match = self._kv.match(request)
             if match.is_claimed and not is_batch:  # those of one batch start together
                 return
-            # The whole prompt, not only its first chunk; the watermark is left to running requests to grow.
-            if not self._kv.has_room(request, match, self._watermark_pages if self._running else 0):
+            view = self._kv.view(match, self._running, self._watermark_pages)
+            # The whole prompt, not only its first chunk.
+            if not self._policies.capacity.has_room(view, request, self._kv.new_pages(request, match)):
                 return
-            self._start(request, match, now, draft)
+            loads = self._swap.may_load(request, match.num_pages * self._kv.page_size)
+            if loads and self._swap.is_busy:
+                return
+            self._start(request, match, now)
+            if loads:
+                self._swap.load(request, match.num_pages)
+                continue
+            self._swap.drop(request)
+            draft.admit(request)
             if draft.budget > 0:
                 self._plan_chunk(request, draft)
 
-    def _start(self, request: Request, match: Match, now: float, draft: Draft) -> None:
+    def _start(self, request: Request, match: Match, now: float) -> None:
         if self._log is not None:
-            self._log_admission(self._log, request, now)
+            key = self._waiting.key_of(request)
+            self._log.admitted(self._step, now, request, key=key, ordering=self._policies.ordering)
         self._waiting.remove(request)
         self._observers.admitted(request, now)
         request.slot = self._free_slots.pop()
         request.status = RequestStatus.RUNNING
         self._kv.admit(request, match, now)
+        if request.num_preemptions:
+            self._num_lost_tokens -= request.num_computed_tokens
         if request.first_scheduled_time is None:
             request.first_scheduled_time = now
             request.num_cached_tokens = request.num_computed_tokens
         self._running.append(request)
-        draft.admissions.append(
-            Admission(
-                request_id=request.id,
-                slot=request.slot,
-                token_ids=request.known_token_ids(),
-                page_ids=tuple(request.page_ids),
-                num_prompt_tokens=request.num_prompt_tokens,
-                params=request.params,
-                seed=request.seed,
-                stop_token_ids=tuple(sorted(request.stop_token_ids)),
-            )
-        )
-
-    def _log_admission(self, log: DecisionLog, request: Request, now: float) -> None:
-        ordering = self._policies.ordering
-        log.admitted(
-            self._step,
-            now,
-            request.id,
-            waited_s=now - request.arrival_time,
-            key=self._waiting.key_of(request),
-            factors=ordering.factors(request) if isinstance(ordering, Explaining) else {},
-        )
 
     def _enqueue(self, request: Request, now: float) -> None:
         self._observers.queued(request, now)
@@ -354,10 +347,12 @@ class Scheduler:
         if self._log is not None:
             self._log.preempted(self._step, now, request.id, for_id=for_id)
         draft.drop_pages(request)
+        self._swap.save(request)
         draft.preempted_ids.append(request.id)
         self._running.remove(request)
         self._give_up_slot(request, now)
         request.status = RequestStatus.PREEMPTED
+        self._num_lost_tokens += request.num_computed_tokens
         request.num_computed_tokens = 0
         request.num_preemptions += 1
         self._num_preemptions += 1
@@ -386,6 +381,8 @@ class Scheduler:
     def update(self, result: StepResult, now: float) -> StepUpdates:
         """Takes the result of the oldest step in flight; returns what changed."""
         step = self._in_flight.popleft()
+        if result.arrived:
+            self._swap.arrived(result.arrived)
         updates = StepUpdates(logprobs=result.logprobs)
         for decode_step, token_ids in enumerate(result.token_ids):
             for index in [row for bad_step, row in result.bad_rows if bad_step == decode_step]:
@@ -455,6 +452,7 @@ class Scheduler:
         else:
             self._waiting.remove(request)
         self._observers.left(request, now, was_waiting=was_waiting)
+        self._swap.drop(request)
         del self._live[request.id]
         self._with_deadline.discard(request)
         request.status = RequestStatus.FINISHED
@@ -480,6 +478,7 @@ class Scheduler:
         """Raises RuntimeError if pages or slots are lost, doubled, or with someone who should have none."""
         holders = [*self._running, *self._held]
         self._kv.check_integrity(holders)
+        self._swap.check_integrity()
         taken = [request.slot for request in holders if request.slot is not None]
         slots = sorted([*self._free_slots, *taken])
         if slots != list(range(self._num_slots)) or len(taken) != len(holders):

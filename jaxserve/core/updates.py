@@ -52,6 +52,7 @@ class SchedulerStats(NamedTuple):
     num_cached_pages: int  # by the prefix cache alone
     num_usable_pages: int
     num_preemptions: int
+    num_lost_tokens: int  # computed, lost to preemption, and not found or loaded again
     num_finished: int
 
 

@@ -25,6 +25,7 @@ from jaxserve.core.cost_model import CostModel, StepCost, UnknownDevice
 from jaxserve.core.plan import StepPlan
 from jaxserve.core.predictor import LengthPredictor, MeanLengthPredictor
 from jaxserve.core.probing import Probing
+from jaxserve.core.resume_costs import NO_HOST, HostTier
 from jaxserve.core.roofline import ModelShape, Roofline, known_device
 from jaxserve.engine.engine_core import EngineCore
 from jaxserve.engine.hidden_recording import HiddenRecorder
@@ -86,6 +87,7 @@ class Engine:
         return {
             **core.scheduler.stats()._asdict(),
             "prefix_cache": None if prefix_cache is None else prefix_cache.to_json(),
+            "swap": core.scheduler.swap_stats()._asdict(),
             "length_prediction": core.prediction_stats(),
             "num_steps": core.stats.steps,
             "num_output_tokens": core.stats.output_tokens,
@@ -136,7 +138,7 @@ def build_engine(config: EngineConfig, *, progress: bool = True) -> Engine:
             config, resolved, runner, runner.prepare,
             prior=prior, predictor=prediction.predictor, journals=journals,
             probing=None if prediction.probes is None else Probing(runner, config.prediction.probe_interval),
-            hidden_recorder=prediction.recorder,
+            hidden_recorder=prediction.recorder, host=runner.host_tier,
         )  # fmt: skip
         engine = make_engine(config, model, resolved, runner, core, on_close=opened.close)
         on_failure.pop_all()
@@ -224,6 +226,7 @@ def make_core[Handle](
     prior: StepCost | None = None,
     predictor: LengthPredictor | None = None,
     journals: Journals | None = None,
+    host: HostTier = NO_HOST,
     probing: Probing[Any] | None = None,
     hidden_recorder: HiddenRecorder | None = None,
 ) -> EngineCore[Handle]:
@@ -235,6 +238,7 @@ def make_core[Handle](
         prior: of the cost model; by default nothing is known of the device until it has run.
         predictor: of output lengths; by default the mean of those that finished.
         journals: files to write.
+        host: memory that the executor can copy pages to.
         probing: of an executor that was made for it.
         hidden_recorder: of what it reads.
     """
@@ -247,6 +251,7 @@ def make_core[Handle](
         watermark_pages=resolved.watermark_pages,
         max_queued_requests=config.scheduler.max_queued_requests + resolved.num_slots,
         prefix_caching=config.cache.enable_prefix_caching,
+        host=host,
     )
     prior, depth = prior or UnknownDevice(), config.scheduler.pipeline_depth
     costs = CostModel(prior)

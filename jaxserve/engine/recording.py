@@ -12,7 +12,7 @@ they happened (``e`` is the kind, ``t`` seconds on the engine's clock):
 - ``plan``: a step was planned; the plan's digest, or null if nothing could run.
 - ``done``: the oldest step's result was read; its seconds on the device, and how many decode steps it had.
   ``stopped`` has the requests that ended with a stop token, and how many tokens of the step they got;
-  ``bad_rows`` the decode step and the row where logits were not finite.
+  ``bad_rows`` the decode step and the row where logits were not finite; ``arrived`` the loads that had come.
 - ``predict``: a request had outgrown its prediction and got another.
 - ``refresh``: a look at a request's hidden state changed its prediction, behind the newest ``plan``.
 """
@@ -90,6 +90,7 @@ class Recorder:
                 "decode_steps": len(result.token_ids),
                 "stopped": stopped,
                 "bad_rows": result.bad_rows,
+                "arrived": result.arrived,
             }
         )
 

@@ -13,6 +13,7 @@ import numpy as np
 from jaxserve.core.batch import StepBatch, prepare
 from jaxserve.core.plan import Admission, Bucket, StepPlan, StepResult, StepRows, TopLogprobs
 from jaxserve.core.probing import Probe, ProbeResult
+from jaxserve.core.resume_costs import NO_HOST, HostTier
 from jaxserve.models.decoder import Decoder
 from jaxserve.models.pairs import pair_views
 from jaxserve.models.params import Params
@@ -20,6 +21,7 @@ from jaxserve.models.sharding import Placement
 from jaxserve.pallas_kernels.ragged_paged_attention.api import Implementation
 from jaxserve.runner.compile_counter import compile_counter
 from jaxserve.runner.kv_cache import cache_shapes
+from jaxserve.runner.page_swap import PageSwapper
 from jaxserve.runner.probes import ProbeHandle, ProbeOptions, ProbePrograms
 from jaxserve.runner.programs import Programs
 from jaxserve.runner.resolve import ResolvedConfig
@@ -98,6 +100,9 @@ class ModelRunner:
             on_compiled=on_compiled,
             hidden_layers=layers,
         )
+        self._swapper = (
+            PageSwapper(self._caches, resolved.block_pages, placement) if resolved.host_blocks else None
+        )
         buckets = resolved.ladder.all()
         for bucket in buckets if run_each_once else buckets[:1]:
             for kind in self._programs.kinds:
@@ -109,6 +114,15 @@ class ModelRunner:
         """Compilations of this process since the runner was ready; must stay 0."""
         return compile_counter().count - self._compiles_at_start
 
+    @property
+    def host_tier(self) -> HostTier:
+        """The host memory that pages may go to, and the bandwidth that was measured to it."""
+        if self._swapper is None:
+            return NO_HOST
+        resolved, num_layers = self._resolved, len(self._caches)
+        block_bytes = resolved.block_pages * resolved.layout.bytes_per_page() * num_layers
+        return HostTier(resolved.host_blocks, resolved.block_pages, block_bytes, self._swapper.bytes_s)
+
     def prepare(self, plan: StepPlan) -> StepBatch:
         """The *prepare* stage, for this runner's slots."""
         return prepare(plan, num_slots=self._resolved.num_slots)
@@ -116,6 +130,8 @@ class ModelRunner:
     def dispatch(self, batch: StepBatch) -> StepHandle:
         """Launches a step; returns before it has run."""
         plan = batch.plan
+        if self._swapper is not None:
+            self._caches = self._swapper.run(plan, self._caches)
         if plan.admissions:
             self._admit(list(plan.admissions))
         kind = max((self._kinds[slot] for slot in plan.rows.slots), default=SamplingKind.GREEDY)
@@ -147,7 +163,8 @@ class ModelRunner:
         logprobs = None
         if output.sampled is not None and handle.logprob_counts is not None:
             logprobs = _read_logprobs(output.sampled, handle.logprob_counts)
-        return StepResult(token_ids.tolist(), logprobs, bad_rows)
+        arrived = () if self._swapper is None else self._swapper.arrived()
+        return StepResult(token_ids.tolist(), logprobs, bad_rows, arrived)
 
     def launch_probe(self, probes: Sequence[Probe]) -> ProbeHandle:
         """Implements `jaxserve.core.probing.Prober`, for a runner that was made with ``probes``."""
@@ -162,7 +179,8 @@ class ModelRunner:
 
     def close(self) -> None:
         """Drops every reference to device memory."""
-        del self._params, self._single_row_params, self._caches, self._slots, self._programs, self._probes
+        del self._params, self._single_row_params, self._caches, self._slots, self._programs
+        del self._probes, self._swapper
 
     def _run(self, bucket: Bucket, rows: Any, page_updates: Any, kind: SamplingKind) -> StepOutput:
         self._caches, self._slots, output = self._programs.step(bucket, kind)(

@@ -16,6 +16,7 @@ from jaxserve.core.buckets import (
     default_decode_rows,
     default_mixed_tokens,
 )
+from jaxserve.core.resume_costs import pages_of_a_block
 from jaxserve.errors import ConfigError
 from jaxserve.models.config import DecoderConfig
 from jaxserve.pallas_kernels.layout import KVLayout
@@ -39,6 +40,8 @@ class ResolvedConfig:
         layout: of a page.
         ladder: shapes to compile.
         watermark_pages: pages that admission leaves free.
+        host_blocks: blocks of host memory for the pages of preempted requests.
+        block_pages: pages of a block.
     """
 
     dtype: str
@@ -48,6 +51,8 @@ class ResolvedConfig:
     layout: KVLayout
     ladder: BucketLadder
     watermark_pages: int
+    host_blocks: int = 0
+    block_pages: int = 1
 
     @property
     def num_cache_tokens(self) -> int:
@@ -99,6 +104,14 @@ def resolve(config: EngineConfig, platform: Platform, model: DecoderConfig, mesh
         raise ConfigError(
             f"memory_fraction={config.cache.memory_fraction}: no room for KV pages beside the weights"
         )
+    all_bytes = layout.bytes_per_page() * model.num_layers
+    block_pages = pages_of_a_block(all_bytes)
+    host_blocks = config.cache.host_kv_bytes // (block_pages * all_bytes)
+    if config.cache.host_kv_bytes and not host_blocks:
+        raise ConfigError(
+            f"host_kv_bytes={config.cache.host_kv_bytes}: must be 0, or at least "
+            f"{block_pages * all_bytes}, a block of {block_pages} pages"
+        )
     resolved = ResolvedConfig(
         dtype=dtype,
         max_model_len=max_model_len,
@@ -107,6 +120,8 @@ def resolve(config: EngineConfig, platform: Platform, model: DecoderConfig, mesh
         layout=layout,
         ladder=ladder,
         watermark_pages=int(config.cache.watermark * num_pages),
+        host_blocks=host_blocks,
+        block_pages=block_pages,
     )
     _LOG.info(
         "%s on %s x %d: %d slots, %d %s pages of %d tokens (%.2f GiB), context %d, rows %s, mixed tokens %s",

@@ -16,6 +16,7 @@ from jaxserve.core.buckets import (
     default_mixed_tokens,
 )
 from jaxserve.core.cost_model import StepCost
+from jaxserve.core.resume_costs import HostTier, pages_of_a_block
 from jaxserve.core.roofline import DeviceProfile, ModelShape, Roofline, model_shape
 from jaxserve.errors import ConfigError
 from jaxserve.simulator.executor import StepTimes
@@ -48,6 +49,7 @@ class ClusterConfig:
     row_buckets: tuple[int, ...] | None = _option(None, "row counts compiled for pure decode steps")
     token_buckets: tuple[int, ...] | None = _option(None, "token counts compiled for steps with prefill")
     watermark: float = _option(0.01, "share of the pages that admission leaves to running requests")
+    host_kv_bytes: int = _option(0, "bytes of host memory for KV pages of preempted requests, an engine")
     enable_prefix_caching: bool = _option(
         True, "keep the pages of finished requests; hits need a trace with block hashes"
     )
@@ -105,6 +107,7 @@ def make_cluster(config: ClusterConfig, scheduler: SchedulerConfig) -> Cluster:
         watermark_pages=int(config.watermark * num_pages),
         max_queued_requests=2**31,
         prefix_caching=config.enable_prefix_caching,
+        host=_host_tier(config, profile, shape, each),
     )
     roofline = Roofline(profile, shape, each)
     times, evidence = known.step_times(roofline)
@@ -125,3 +128,11 @@ def _pages(profile: DeviceProfile, shape: ModelShape, each: int, page_size: int)
     if pages < 2:
         raise ConfigError(f"model={shape.name!r}: does not fit on {each} x {profile.name}")
     return pages
+
+
+def _host_tier(config: ClusterConfig, profile: DeviceProfile, shape: ModelShape, each: int) -> HostTier:
+    """Every device copies its own heads."""
+    page_bytes = int(config.page_size * shape.kv_bytes_per_token)
+    pages = pages_of_a_block(page_bytes)
+    num_blocks = config.host_kv_bytes // (pages * page_bytes)
+    return HostTier(num_blocks, pages, pages * page_bytes, each * profile.host_bytes_s)

@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol, final
 from jaxserve.core.batch import StepBatch
 from jaxserve.core.cost_model import StepFeatures, features_of
 from jaxserve.core.plan import Bucket, StepPlan, StepResult
+from jaxserve.core.resume_costs import NO_HOST, HostTier
 from jaxserve.simulator.clock import VirtualClock
 
 TOKEN, STOP_TOKEN = 0, 1
@@ -43,6 +44,8 @@ class CostExecutor:
         lengths: request id -> output tokens.
         num_slots: of the scheduler.
         host_s: of the host's own work a step, which is hidden while the device is busy.
+        host: memory for preempted requests. Each direction of its link copies one thing after the other,
+            beside the steps.
     """
 
     def __init__(
@@ -53,12 +56,18 @@ class CostExecutor:
         num_slots: int,
         *,
         host_s: float = 0.0,
+        host: HostTier = NO_HOST,
         keep_steps: bool = False,
     ) -> None:
         self._clock = clock
         self._times = times
         self._lengths = lengths
         self._host_s = host_s
+        self._host = host
+        self._saved_at: dict[int, float] = {}  # block -> when its copy is complete
+        self._arrivals: dict[int, float] = {}  # number of a load that has not landed -> when it is here
+        self._reported: set[int] = set()
+        self._save_link_free_at = self._load_link_free_at = 0.0
         self._last_position = [0] * num_slots  # after which a slot's request has its last token
         self._free_at = 0.0
         self._last_end: float | None = None
@@ -83,6 +92,8 @@ class CostExecutor:
         step_s = decode_steps * self._times.predict(plan.bucket, features)
         self._clock.now += self._host_s
         start = max(self._clock.now, self._free_at)
+        if plan.saves or plan.loads or plan.landings:
+            start = self._copy(plan, start)
         self._free_at = end = start + step_s
         self.busy_s += step_s
         self.num_dispatched += 1
@@ -98,6 +109,29 @@ class CostExecutor:
         if self.steps is not None:
             self.steps.append(step)
         return step
+
+    def _copy(self, plan: StepPlan, start: float) -> float:
+        """Puts a plan's copies on the link; returns when the step may start: when its landings are here."""
+        for save in plan.saves:
+            begins = max(start, self._save_link_free_at)
+            self._save_link_free_at = begins + self._host.copy_s(len(save.blocks))
+            self._saved_at |= dict.fromkeys(save.blocks, self._save_link_free_at)
+        for load in plan.loads:
+            saved_at = max((self._saved_at[block] for block in load.blocks), default=0.0)
+            begins = max(self._clock.now, self._load_link_free_at, saved_at)
+            self._load_link_free_at = begins + self._host.copy_s(len(load.blocks))
+            self._arrivals[load.number] = self._load_link_free_at
+        for number in plan.landings:
+            start = max(start, self._arrivals.pop(number))
+            self._reported.discard(number)
+        return start
+
+    def _arrived(self) -> tuple[int, ...]:
+        """Loads that are here and were not reported yet."""
+        now, reported = self._clock.now, self._reported
+        new = [n for n, at in self._arrivals.items() if at <= now and n not in reported]
+        reported.update(new)
+        return tuple(new)
 
     def collect(self, handle: SimulatedStep) -> StepResult:
         end, plan, rows = handle.end, handle.plan, handle.plan.rows
@@ -116,7 +150,8 @@ class CostExecutor:
                 self.gaps.append((end - self._last_end, count - chunks))
             self._last_end = end
             self.token_times.append((end, count))
-        return StepResult(handle.token_ids, device_s=end - handle.start)
+        arrived = self._arrived() if self._arrivals else ()
+        return StepResult(handle.token_ids, arrived=arrived, device_s=end - handle.start)
 
     def _decode_steps(self, plan: StepPlan) -> int:
         """Decode steps that run: a loop ends when the last of its rows has its last token."""

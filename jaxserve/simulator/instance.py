@@ -75,7 +75,13 @@ class Instance:
     ) -> None:
         self.clock = VirtualClock()
         self.executor = CostExecutor(
-            self.clock, times, lengths, assembly.num_slots, host_s=host_s, keep_steps=keep_steps
+            self.clock,
+            times,
+            lengths,
+            assembly.num_slots,
+            host_s=host_s,
+            host=assembly.host,
+            keep_steps=keep_steps,
         )
         costs = CostModel(prior)
         self.core: EngineCore[SimulatedStep] = EngineCore(

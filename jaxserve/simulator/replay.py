@@ -75,7 +75,8 @@ class _RecordedExecutor:
             for turn in range(1, record["decode_steps"] + 1)
         ]
         bad_rows = tuple((decode_step, row) for decode_step, row in record["bad_rows"])
-        return StepResult(token_ids, bad_rows=bad_rows, device_s=record["step_s"])
+        arrived = tuple(record["arrived"])
+        return StepResult(token_ids, bad_rows=bad_rows, arrived=arrived, device_s=record["step_s"])
 
     def _token(self, stopped: Mapping[str, int], plan: StepPlan, row: ScheduledRow, turn: int) -> int:
         """What a row samples in a decode step, from 1."""

@@ -30,6 +30,7 @@ from jaxserve.runner.length_head import (
     save_head,
 )
 from tests.support.decoder_run import DenseAttend, empty_cache
+from tests.support.engine_parts import make_copies_free
 from tests.support.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
 
 OPTIONS: dict[str, Any] = {
@@ -115,17 +116,21 @@ def read_shards(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         {"num_pages": 20, "max_model_len": 128},  # preemptions
         {"tensor_parallel_size": 2},
         {"max_decode_steps": 4},
+        {"num_pages": 20, "max_model_len": 128, "host_kv_bytes": 1 << 22, "max_decode_steps": 4},  # swaps
     ],
     ids=str,
 )
 def test_states_are_those_that_were_sampled_from(
-    checkpoint: Path, reference: Reference, plain: list[list[int]], tmp_path: Path, change: dict[str, Any]
-) -> None:
+    checkpoint: Path, reference: Reference, plain: list[list[int]], tmp_path: Path, change: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    make_copies_free(monkeypatch)
     recording: dict[str, Any] = {"hidden_layers": (1, 2), "probe_interval": 6}
     options: dict[str, Any] = OPTIONS | change | recording | {"record_hidden": str(tmp_path / "r")}
     with LLM(str(checkpoint), **options) as llm:
         assert answers(llm) == plain, "looking changes nothing"
         assert llm.engine.compiles_after_warmup == 0
+        assert (llm.stats()["swap"]["resumed_tokens"] > 0) == ("host_kv_bytes" in change)
     data, metadata = read_shards(tmp_path / "r")
     assert json.loads(metadata["layers"]) == [1, 2]
     assert metadata["model"] == reference.identity

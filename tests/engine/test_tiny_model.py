@@ -303,6 +303,8 @@ def test_logprobs_are_the_models_own(llm: LLM) -> None:
         ({"memory_fraction": "0.5"}, "memory_fraction='0.5'"),
         ({"token_buckets": 5}, "token_buckets=5"),
         ({"watermark": float("nan")}, "watermark=nan"),
+        ({"capacity": "greedy"}, "capacity='greedy': must be one of watermark, predicted"),
+        ({"demand_quantile": 1.0}, "demand_quantile=1.0: must be a number in (0, 1)"),
         (
             {"max_num_batched_tokens": 64},
             "token_buckets=(12, 32): the last must be max_num_batched_tokens=64, or one of the two be left",

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from jaxserve import LLM, SamplingParams
 from jaxserve.cli.simulate import main
 from jaxserve.core.cost_model import UnknownDevice
-from jaxserve.core.policies.registry import ADMISSIONS, COMPOSITIONS, ORDERINGS
+from jaxserve.core.policies.registry import ADMISSIONS, CAPACITIES, COMPOSITIONS, ORDERINGS
+from jaxserve.core.resume_costs import NO_HOST, HostTier
 from jaxserve.engine.recording import Recorder, read_recording
 from jaxserve.errors import ConfigError
 from jaxserve.request import FinishReason, Request
@@ -66,13 +67,16 @@ def live_run(seed: int, depth: int = 1, **policies: Any) -> tuple[list[dict[str,
     batching=st.sampled_from(sorted(ADMISSIONS)),
     composition=st.sampled_from(sorted(COMPOSITIONS)),
     max_decode_steps=st.integers(1, 4),
+    capacity=st.sampled_from(sorted(CAPACITIES)),
+    host=st.sampled_from([NO_HOST, HostTier(8, 2, 1000, 1e12)]),
 )
 def test_any_recorded_run_replays_to_identical_plans(
-    seed: int, depth: int, ordering: str, batching: str, composition: str, max_decode_steps: int
-) -> None:
+    seed: int, depth: int, ordering: str, batching: str, composition: str, max_decode_steps: int,
+    capacity: str, host: HostTier,
+) -> None:  # fmt: skip
     records, fake = live_run(
         seed, depth, ordering=ordering, batching=batching, composition=composition,
-        max_decode_steps=max_decode_steps,
+        max_decode_steps=max_decode_steps, capacity=capacity, host=host, victim="value",
     )  # fmt: skip
     found = replay(json.loads(json.dumps(records)))
     assert found.first_difference is None
@@ -80,6 +84,9 @@ def test_any_recorded_run_replays_to_identical_plans(
     live = [batch.plan for batch in fake.batches]
     assert [plan.rows for plan in found.plans] == [plan.rows for plan in live]
     assert [plan.page_updates for plan in found.plans] == [plan.page_updates for plan in live]
+    assert [(p.saves, p.loads, p.landings) for p in found.plans] == [
+        (p.saves, p.loads, p.landings) for p in live
+    ]
 
 
 def test_replayed_requests_find_what_the_recorded_ones_found() -> None:

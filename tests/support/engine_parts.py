@@ -7,6 +7,8 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
+
 from jaxserve.config import SchedulerConfig
 from jaxserve.core.assembly import Assembly, assemble
 from jaxserve.core.batch import prepare
@@ -15,6 +17,7 @@ from jaxserve.core.cost_model import CostModel, UnknownDevice
 from jaxserve.core.decision_log import DecisionLog
 from jaxserve.core.predictor import LengthPredictor, MeanLengthPredictor
 from jaxserve.core.probing import Probing
+from jaxserve.core.resume_costs import NO_HOST, HostTier, ResumeCosts
 from jaxserve.engine.engine_core import EngineCore
 from jaxserve.engine.hidden_recording import HiddenRecorder
 from jaxserve.engine.recording import Recorder
@@ -42,6 +45,7 @@ def make_core(
     watermark_pages: int = 1,
     max_queued_requests: int = 100_000,
     prefix_caching: bool = True,
+    host: HostTier = NO_HOST,
     clock: Callable[[], float] | None = None,
     executor: Any = None,
     predictor: LengthPredictor | None = None,
@@ -67,6 +71,7 @@ def make_core(
         watermark_pages=watermark_pages,
         max_queued_requests=max_queued_requests,
         prefix_caching=prefix_caching,
+        host=host,
     )
     costs = CostModel(UnknownDevice())
     core = EngineCore(
@@ -128,3 +133,12 @@ def run_to_end(core: EngineCore[object], *, most_steps: int = 100_000, check: bo
 def random_prompt(rng: random.Random, longest: int, vocab_size: int = 101) -> list[int]:
     """A prompt of 1 to ``longest`` tokens."""
     return [rng.randrange(vocab_size) for _ in range(rng.randint(1, longest))]
+
+
+def make_copies_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Swaps whom it can: a tiny model computes faster than memory copies."""
+
+    def free(self: ResumeCosts, num_tokens: int) -> float:
+        return 0.0
+
+    monkeypatch.setattr(ResumeCosts, "swap_s", free)

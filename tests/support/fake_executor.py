@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from jaxserve.core.batch import StepBatch
-from jaxserve.core.plan import Admission, ScheduledRow, StepPlan, StepResult
+from jaxserve.core.plan import NO_PAGE, Admission, PageCopy, ScheduledRow, StepPlan, StepResult
 
 
 @dataclasses.dataclass
@@ -20,6 +20,8 @@ class FakeExecutor:
     page_size: int
     vocab_size: int = 101
     bad_requests: frozenset[str] = frozenset()
+    block_pages: int = 2
+    load_steps: int = 3
     # Off: rows of a loop never stop by themselves, and the scheduler must discard what is too much.
     stops_rows: bool = True
 
@@ -32,6 +34,9 @@ class FakeExecutor:
         self.contents: dict[
             tuple[int, int], tuple[int, ...]
         ] = {}  # (page, offset) -> prefix it was computed from
+        self.blocks: dict[int, list[dict[tuple[int, int], tuple[int, ...]]]] = {}  # host block -> its pages
+        self.loads: dict[int, tuple[PageCopy, list[dict[tuple[int, int], tuple[int, ...]]]]] = {}
+        self.loads_due: dict[int, int] = {}  # number -> the step that reports it
         self.num_dispatched = 0
         self.num_computed_tokens = 0
         self.batches: list[StepBatch] = []
@@ -41,6 +46,7 @@ class FakeExecutor:
         plan = batch.plan
         self.num_dispatched += 1
         self.batches.append(batch)
+        self._copy(plan)
         for admission in plan.admissions:
             self.tokens[admission.slot] = list(admission.token_ids)
             self.seeds[admission.slot] = admission.seed
@@ -62,11 +68,35 @@ class FakeExecutor:
             for index, row in enumerate(plan.rows)
             if self.is_bad(row, decode_step)
         ]
-        return StepResult(token_ids, bad_rows=tuple(bad_rows))
+        arrived = tuple(n for n, at in self.loads_due.items() if at == self.num_dispatched)
+        return StepResult(token_ids, bad_rows=tuple(bad_rows), arrived=arrived)
 
     def is_bad(self, row: ScheduledRow, decode_step: int) -> bool:
         """Whether a row's logits are not finite."""
         return row.samples and row.request_id in self.bad_requests
+
+    def _copy(self, plan: StepPlan) -> None:
+        """Copies what pages hold, to blocks and back; a block that was given to another is overwritten."""
+        size = self.block_pages
+        for save in plan.saves:
+            assert len(save.blocks) == -(-len(save.pages) // size)
+            for index, block in enumerate(save.blocks):
+                pages = save.pages[index * size : (index + 1) * size]
+                self.blocks[block] = [self._page(page) for page in pages]
+        for load in plan.loads:
+            held = [page for block in load.blocks for page in self.blocks[block]]
+            self.loads[load.number] = load, held
+            self.loads_due[load.number] = self.num_dispatched + self.load_steps
+        for number in plan.landings:
+            load, held = self.loads.pop(number)
+            self.loads_due.pop(number)
+            for page, content in zip(load.pages, held, strict=True):
+                if page != NO_PAGE:
+                    self.contents |= {(page, offset): tokens for (_, offset), tokens in content.items()}
+
+    def _page(self, page: int) -> dict[tuple[int, int], tuple[int, ...]]:
+        places = [(page, offset) for offset in range(self.page_size)]
+        return {place: self.contents[place] for place in places if place in self.contents}
 
     def collect(self, handle: StepResult) -> StepResult:
         return handle

@@ -10,6 +10,7 @@ from jaxserve.core.batch import StepBatch
 from jaxserve.core.cost_model import CostModel, StepCost, StepFeatures
 from jaxserve.core.plan import Bucket, StepPlan, StepResult
 from jaxserve.core.policy import PolicyContext
+from jaxserve.core.resume_costs import NO_HOST, ResumeCosts
 from jaxserve.engine.engine_core import EngineCore
 from jaxserve.request import Request
 from tests.support.engine_parts import ManualClock, make_core, make_request
@@ -41,12 +42,15 @@ def make_context(
     **scheduler: object,
 ) -> PolicyContext:
     """A context; ``scheduler`` are fields of `SchedulerConfig`."""
+    costs = CostModel(cost or LinearCost())
     return PolicyContext(
         config=SchedulerConfig(**scheduler),  # type: ignore[arg-type]
         num_slots=num_slots,
         token_budget=chunk_sizes[-1],
         chunk_sizes=chunk_sizes,
-        costs=CostModel(cost or LinearCost()),
+        costs=costs,
+        resume=ResumeCosts(costs, chunk_sizes[-1], num_slots, 16, NO_HOST),
+        page_size=16,
         matched_tokens=matched_tokens,
         page_occupancy=page_occupancy,
     )

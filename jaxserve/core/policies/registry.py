@@ -18,14 +18,18 @@ from jaxserve.core.policies.mlfq import SkipJoinFeedback
 from jaxserve.core.policies.most_remaining_victim import MostRemainingVictim
 from jaxserve.core.policies.partition import PhasePartition
 from jaxserve.core.policies.phase_pressure import PhasePressure
+from jaxserve.core.policies.predicted_demand import PredictedDemand
 from jaxserve.core.policies.priority import ScoredPriority
 from jaxserve.core.policies.sjf import ShortestJobFirst
 from jaxserve.core.policies.slo_chunk import SloChunk
 from jaxserve.core.policies.spf import ShortestPrefillFirst
 from jaxserve.core.policies.static import StaticAdmission
 from jaxserve.core.policies.strict_priority import StrictPriority
+from jaxserve.core.policies.value_victim import ValueVictim
+from jaxserve.core.policies.watermark import Watermark
 from jaxserve.core.policy import (
     AdmissionPolicy,
+    CapacityPolicy,
     CompositionPolicy,
     OrderingPolicy,
     Policies,
@@ -49,6 +53,10 @@ ADMISSIONS: dict[str, Callable[[PolicyContext], AdmissionPolicy]] = {
     "static": lambda context: StaticAdmission(context.num_slots, context.config.batch_window_s),
     "dynamic": lambda context: DynamicAdmission(context.num_slots, context.config.batch_window_s),
 }
+CAPACITIES: dict[str, Callable[[PolicyContext], CapacityPolicy]] = {
+    "watermark": lambda context: Watermark(),
+    "predicted": PredictedDemand.from_context,
+}
 COMPOSITIONS: dict[str, Callable[[PolicyContext], CompositionPolicy]] = {
     "chunked": lambda context: ChunkedPrefill(),
     "slo": SloChunk.from_context,
@@ -59,6 +67,7 @@ VICTIMS: dict[str, Callable[[PolicyContext], VictimPolicy]] = {
     "latest": lambda context: LatestVictim(),
     "least_urgent": lambda context: LeastUrgentVictim(),
     "most_remaining": lambda context: MostRemainingVictim(),
+    "value": ValueVictim.from_context,
 }
 # Victim ``auto``: orderings for which the latest is wrong, as they would preempt whom they just admitted.
 OWN_VICTIMS = {
@@ -76,6 +85,7 @@ def make_policies(context: PolicyContext) -> Policies:
     return Policies(
         ordering=ORDERINGS[config.ordering](context),
         admission=ADMISSIONS[config.batching](context),
+        capacity=CAPACITIES[config.capacity](context),
         composition=COMPOSITIONS[config.composition](context),
         victim=VICTIMS[victim](context),
     )
@@ -84,6 +94,7 @@ def make_policies(context: PolicyContext) -> Policies:
 REGISTRIES: tuple[dict[str, Callable[[PolicyContext], Any]], ...] = (
     ORDERINGS,
     ADMISSIONS,
+    CAPACITIES,
     COMPOSITIONS,
     VICTIMS,
 )
