@@ -182,8 +182,8 @@ def test_an_8_bit_cache_equals_the_oracle(implementation: str, name: str, dtype:
     if jax.default_backend() == "gpu":  # its division is not exact: a tie may go the other way
         ties = codes != data[1:]
         assert ties.mean() < 1e-4
-        steps = {"rtol": 0.0, "atol": 1.0} if kv_dtype == "int8" else {"rtol": 0.125, "atol": 2.0**-9}
-        np.testing.assert_allclose(codes, data[1:], **steps)
+        rtol, atol = (0.0, 1.0) if kv_dtype == "int8" else (0.125, 2.0**-9)
+        np.testing.assert_allclose(codes, data[1:], rtol=rtol, atol=atol)
     else:
         np.testing.assert_array_equal(codes, data[1:])
     np.testing.assert_array_equal(np.asarray(kv_pages.scales, np.float64)[1:], scales[1:])
