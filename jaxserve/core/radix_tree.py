@@ -10,101 +10,20 @@ can be evicted: leaves first, and of these the least valuable. Reference counts 
 
 from __future__ import annotations
 
-import heapq
+import itertools
 import math
-import struct
-from array import array
 from collections.abc import Callable, Iterator, Sequence
-from typing import Final, NamedTuple, final
+from typing import final
+
+from jaxserve.core.leaf_queue import LeafQueue
+from jaxserve.core.radix_check import TreeCounts, check_nodes
+from jaxserve.core.radix_match import Matcher
+from jaxserve.core.radix_node import NEVER, TOKEN_BYTES, Match, Node, PrefixLoad
 
 # Seconds after which an access counts for 1/e of a new one. `bench/prefix.py --parts evict` compares it with
 # one second, which is least recently used.
 HORIZON_S = 300.0
-_TOKEN_BYTES = array("i").itemsize
-_NEVER = -math.inf
 _LEAST_S = 1e-9
-_FIRST_WINDOW = 8  # pages of an edge that are compared at once, at first
-
-
-def pack(tokens: Sequence[int]) -> bytes:
-    """Token ids as the tree compares them: 4 bytes each."""
-    # For a list, half the time of making an array of it.
-    return tokens.tobytes() if isinstance(tokens, array) else struct.pack(f"{len(tokens)}i", *tokens)
-
-
-@final
-class Node:
-    """The end of an edge; a root has no pages.
-
-    Attributes:
-        parent: None for a root, and for a node that was taken out.
-        start: pages between the root and this edge.
-        tokens: of the edge, packed.
-        pages: of the edge, in order.
-        children: packed tokens of their first page -> child.
-        claims: packed tokens of a page that comes next and is being computed -> who does so.
-        num_locks: running requests whose path goes through here; never fewer than those of a child.
-        heat: log of the number of accesses, each weighted with exp(time / horizon).
-        log_cost: log of the seconds that a chunk of a prompt takes at this depth.
-    """
-
-    __slots__ = (
-        "children", "claims", "heat", "is_queued", "log_cost", "num_locks", "pages", "parent", "salt",
-        "start", "tokens",
-    )  # fmt: skip
-
-    def __init__(
-        self,
-        parent: Node | None,
-        start: int,
-        tokens: bytes,
-        pages: list[int],
-        log_cost: float,
-        salt: str = "",
-    ) -> None:
-        self.parent = parent
-        self.start = start
-        self.tokens = tokens
-        self.pages = pages
-        self.children: dict[bytes, Node] = {}
-        self.claims: dict[bytes, object] = {}
-        self.num_locks = 0
-        self.heat = _NEVER
-        self.log_cost = log_cost
-        self.is_queued = False
-        self.salt = salt  # of a root
-
-    @property
-    def value(self) -> float:
-        """Log of expected reuses x seconds to compute again / bytes, but for a summand that all share."""
-        return self.heat + self.log_cost
-
-    @property
-    def end(self) -> int:
-        """Pages between the root and the end of this edge."""
-        return self.start + len(self.pages)
-
-
-class Match(NamedTuple):
-    """How far some tokens are in the tree.
-
-    Attributes:
-        node: the deepest node that they reach.
-        num_here: pages of its edge that they match.
-        num_pages: pages that they match in all.
-        num_evictable: of these, those that nobody has locked.
-        is_claimed: somebody is computing the page that comes next.
-    """
-
-    node: Node
-    num_here: int
-    num_pages: int
-    num_evictable: int
-    is_claimed: bool
-
-
-# What a tree without any tokens answers.
-NO_MATCH: Final = Match(Node(None, 0, b"", [], 0.0), 0, 0, 0, is_claimed=False)
 
 
 @final
@@ -119,72 +38,63 @@ class RadixTree:
         page_size: tokens of a page.
         chunk_s: seconds that a chunk of a prompt takes after so many tokens of context.
         horizon_s: seconds after which an access counts for 1/e of a new one.
+        block_pages: pages of a block of host memory; they go there together.
+
+    Attributes:
+        num_nodes: edges.
+        num_pages: on the device.
+        num_evictable: of these, those whose nodes nobody has locked.
+        num_host_pages: on the host.
+        dropped: places on the host that are no longer in the tree; the owner frees and clears them.
+        last_value: of the leaf that was evicted last; `NEVER` before that.
+        version: a match holds as long as this stays.
     """
 
-    def __init__(self, page_size: int, chunk_s: Callable[[int], float], horizon_s: float = HORIZON_S) -> None:
+    def __init__(
+        self,
+        page_size: int,
+        chunk_s: Callable[[int], float],
+        horizon_s: float = HORIZON_S,
+        block_pages: int = 1,
+    ) -> None:
         self._page_size = page_size
         self._horizon_s = horizon_s
-        self._page_bytes = page_size * _TOKEN_BYTES
+        self._page_bytes = page_size * TOKEN_BYTES
+        self._matcher = Matcher(page_size)
         self._chunk_s = chunk_s
         self._roots: dict[str, Node] = {}
-        # (value, number of the entry, node): one at most for each node. Values only grow, so an entry that is
-        # out of date comes too early and is put back.
-        self._leaves: list[tuple[float, int, Node]] = []
-        self._num_entries = 0
-        self.num_nodes = 0
-        self.num_pages = 0
-        self.num_evictable = 0  # pages whose nodes nobody has locked
-        self.version = 0  # a match holds as long as this stays
+        self._block_pages = block_pages
+        numbers = itertools.count(1)
+        self._near, self._far = LeafQueue(numbers), LeafQueue(numbers)
+        self.num_nodes = self.num_pages = self.num_evictable = self.num_host_pages = 0
+        self.dropped: list[int] = []
+        self.last_value = NEVER
+        self.version = 0
+
+    def value_of(self, expected_uses: float, start: int, now: float) -> float:
+        """What a node at that depth is worth that will be used so often within the horizon."""
+        return math.log(expected_uses) + self._log_cost(start) + now / self._horizon_s
+
+    def expected_uses(self, node: Node, now: float) -> float:
+        """Of a node, within the horizon."""
+        return math.exp(node.heat - now / self._horizon_s)
+
+    def marginal_s(self, now: float) -> float:
+        """Seconds that a page is expected to save within the horizon if it is just worth keeping.
+
+        A chunk of a prompt counts as a page: divide by its pages.
+        """
+        return math.exp(min(self.last_value - now / self._horizon_s, 0.0))
 
     # ------------------------------------------------------------------ looking
 
     def match(self, salt: str, tokens: Sequence[int], most_pages: int) -> Match:
         """How many of the first ``most_pages`` pages of some tokens are there. Changes nothing."""
-        size, done, evictable = self._page_size, 0, 0
-        node = self._roots.get(salt) or Node(None, 0, b"", [], 0.0, salt)
-        while done < most_pages:
-            page = pack(tokens[done * size : (done + 1) * size])
-            child = node.children.get(page)
-            if child is None:
-                return Match(node, len(node.pages), done, evictable, page in node.claims)
-            here = self._match_edge(child, tokens, done, min(len(child.pages), most_pages - done))
-            done += here
-            if child.num_locks == 0:
-                evictable += here
-            node = child
-            if here < len(child.pages):
-                return Match(node, here, done, evictable, is_claimed=False)
-        return Match(node, len(node.pages), done, evictable, is_claimed=False)
-
-    def _match_edge(self, node: Node, tokens: Sequence[int], start: int, most_pages: int) -> int:
-        """Pages of an edge that the tokens from page ``start`` on match; the first one does."""
-        size, page_bytes, here, window = self._page_size, self._page_bytes, 1, _FIRST_WINDOW
-        while here < most_pages:
-            end = min(here + window, most_pages)
-            packed = pack(tokens[(start + here) * size : (start + end) * size])
-            same = self._common(node.tokens[here * page_bytes : end * page_bytes], packed)
-            here += same
-            if here < end:
-                break
-            window *= 2  # what is looked at in vain stays in proportion to what is found
-        return here
-
-    def _common(self, a: bytes, b: bytes) -> int:
-        """Leading pages that both have."""
-        size = self._page_bytes
-        if a.startswith(b):
-            return len(b) // size
-        low, high = 0, min(len(a), len(b)) // size
-        while low < high:
-            middle = (low + high + 1) // 2
-            if a.startswith(b[: middle * size]):
-                low = middle
-            else:
-                high = middle - 1
-        return low
+        root = self._roots.get(salt) or Node(None, 0, b"", [], 0.0, salt)
+        return self._matcher.match(root, tokens, most_pages)
 
     def pages_to(self, node: Node) -> list[int]:
-        """The pages from the root to the end of a node."""
+        """The pages from the root to the end of a node on the device."""
         runs: list[list[int]] = []
         at: Node | None = node
         while at is not None:
@@ -232,19 +142,73 @@ class RadixTree:
         node.num_locks += 1
         node.heat = _log_add(node.heat, now / self._horizon_s)
 
+    def hold(self, node: Node) -> None:
+        """Locks the path to a node, on either tier, without an access."""
+        self.version += 1
+        at: Node | None = node
+        while at is not None:
+            if at.num_locks == 0 and not at.on_host:
+                self.num_evictable -= len(at.pages)
+            at.num_locks += 1
+            at = at.parent
+
     def unlock(self, node: Node) -> None:
         """Gives back the lock of a path. A node is worth no less than what was reached through it."""
         self.version += 1
-        heat, at = _NEVER, node
+        heat, at = NEVER, node
         while True:
             heat = at.heat = max(at.heat, heat)
             at.num_locks -= 1
             if at.num_locks == 0:
-                self.num_evictable += len(at.pages)
+                if not at.on_host:
+                    self.num_evictable += len(at.pages)
                 self._offer(at)
             if at.parent is None:
                 return
             at = at.parent
+
+    # ------------------------------------------------------------------ from the host
+
+    def host_path(self, match: Match) -> list[Node]:
+        """The nodes on the host that a match reaches, top first; the last edge is cut where it ends."""
+        assert match.host is not None
+        self.version += 1
+        node, here, _ = match.host
+        if here < len(node.pages):
+            node = self._split(node, here)
+        return self.host_nodes(node)
+
+    def host_nodes(self, node: Node) -> list[Node]:
+        """The nodes on the host on the path to one of them, top first."""
+        nodes: list[Node] = []
+        while node.on_host and node.parent is not None:
+            nodes.append(node)
+            node = node.parent
+        return nodes[::-1]
+
+    def bring_near(self, nodes: list[Node], pages: list[int], load: PrefixLoad) -> None:
+        """Gives nodes of a path on the host, which somebody holds, KV pages instead of their places there."""
+        self.version += 1
+        for node in nodes:
+            pages = self._move_near(node, pages)
+            node.load = load
+
+    def lock_more(self, nodes: list[Node], now: float) -> Node:
+        """Takes a path's lock on to the nodes that come next; returns the last of them."""
+        self.version += 1
+        for node in nodes:
+            self._lock_one(node, now)
+        return nodes[-1]
+
+    def _move_near(self, node: Node, pages: list[int]) -> list[int]:
+        """Replaces a node's places on the host by the first of some pages; returns the others."""
+        count = len(node.pages)
+        assert node.parent is not None
+        node.pages, node.on_host, node.entry = pages[:count], False, 0
+        node.parent.num_near += 1
+        self.num_pages += count
+        self.num_host_pages -= count
+        return pages[count:]
 
     # ------------------------------------------------------------------ growing
 
@@ -265,13 +229,19 @@ class RadixTree:
         """
         self.version += 1
         size = self._page_bytes
+        taken: list[int] = []
         while tokens and (child := node.children.get(tokens[:size])) is not None:
-            here = self._common(child.tokens, tokens[: len(child.tokens)])
+            here = self._matcher.common_pages(child.tokens, tokens[: len(child.tokens)])
             node = child if here == len(child.pages) else self._split(child, here)
+            if node.on_host:  # it was computed again
+                self.dropped += node.pages
+                self._move_near(node, pages[:here])
+                self.num_evictable += 0 if node.num_locks else here
+                taken += pages[:here]
             self._lock_one(node, now)
             tokens, pages, may_grow = tokens[here * size :], pages[here:], False
         if not pages:
-            return node, pages
+            return node, taken
         self.num_pages += len(pages)
         if may_grow and node.num_locks == 1 and not node.children:
             node.tokens += tokens
@@ -279,17 +249,21 @@ class RadixTree:
             return node, pages
         new = Node(node, node.end, tokens, list(pages), self._log_cost(node.end))
         node.children[tokens[:size]] = new
+        node.num_near += 1
+        node.num_born += 1
         new.num_locks = 1
         new.heat = now / self._horizon_s
         self.num_nodes += 1
-        return new, pages
+        return new, taken + pages
 
     def _split(self, node: Node, num_pages: int) -> Node:
         """Cuts an edge after so many pages; returns the upper part. The lower part is the old node."""
         parent, size = node.parent, num_pages * self._page_bytes
         assert parent is not None
         upper = Node(parent, node.start, node.tokens[:size], node.pages[:num_pages], node.log_cost)
-        upper.num_locks, upper.heat = node.num_locks, node.heat
+        upper.num_locks, upper.heat, upper.kept_until = node.num_locks, node.heat, node.kept_until
+        upper.on_host, upper.load, upper.is_preloaded = node.on_host, node.load, node.is_preloaded
+        upper.num_near, upper.num_born = int(not node.on_host), 1
         parent.children[node.tokens[: self._page_bytes]] = upper
         node.parent, node.start = upper, upper.end
         node.tokens, node.pages = node.tokens[size:], node.pages[num_pages:]
@@ -303,20 +277,79 @@ class RadixTree:
 
     # ------------------------------------------------------------------ shrinking
 
-    def evict(self, num_pages: int) -> list[int]:
-        """Takes out so many pages, or all that nobody has locked if these are fewer."""
+    def evict(
+        self,
+        num_pages: int,
+        now: float = math.inf,
+        below: float = math.inf,
+        demote: Callable[[Node, int], list[int] | None] | None = None,
+    ) -> list[int]:
+        """Takes so many pages off the device, or all that nobody has locked if these are fewer.
+
+        Args:
+            num_pages: at least so many; with ``demote`` up to a block more.
+            now: nodes that are kept for longer go last.
+            below: only pages that are worth less.
+            demote: gives the last so many pages of a leaf places on the host, or None; then they are gone. It
+                may take nodes out that are on the host.
+        """
         self.version += 1
         freed: list[int] = []
-        while len(freed) < num_pages and self._leaves:
-            value, _, node = heapq.heappop(self._leaves)
-            node.is_queued = False
-            if node.parent is None or node.num_locks or node.children:
-                continue  # it was taken out, or is offered again when it is a free leaf
-            if value < node.value:
-                self._offer(node)
-                continue
-            freed += self._cut(node, num_pages - len(freed))
+        while len(freed) < num_pages and (node := self._near.pop(now, below)) is not None:
+            self.last_value = node.value
+            count = num_pages - len(freed)
+            if demote is not None:
+                count = min(-(-count // self._block_pages) * self._block_pages, len(node.pages))
+                places = demote(node, count)
+                if places is not None:
+                    freed += self._demote(node, places)
+                    continue
+            freed += self._cut(node, count)
         return freed
+
+    def _demote(self, node: Node, places: list[int]) -> list[int]:
+        """Gives the last pages of a free leaf places on the host; returns the pages."""
+        count = len(places)
+        if count < len(node.pages):
+            self._split(node, len(node.pages) - count)
+        parent, pages = node.parent, node.pages
+        assert parent is not None
+        node.pages, node.on_host, node.entry = places, True, 0
+        parent.num_near -= 1
+        self.num_pages -= count
+        self.num_evictable -= count
+        self.num_host_pages += count
+        self._join_child(node)
+        if node.parent is not None:
+            self._offer(node)
+        self._offer(parent)
+        return pages
+
+    def _join_child(self, node: Node) -> None:
+        """Makes one edge of a node on the host and what was cut off it before."""
+        if node.num_born != 1 or len(node.children) != 1:
+            return
+        (child,) = node.children.values()
+        if child.heat != node.heat:
+            return
+        parent = node.parent
+        assert parent is not None
+        child.tokens, child.pages = node.tokens + child.tokens, node.pages + child.pages
+        child.parent, child.start, child.log_cost = parent, node.start, node.log_cost
+        parent.children[child.tokens[: self._page_bytes]] = child
+        node.parent = None
+        self.num_nodes -= 1
+
+    def evict_from_host(self, below: float = math.inf) -> bool:
+        """Takes out what the least valuable leaf on the host has of its last block, if that is worth less."""
+        node = self._far.pop(math.inf, below)
+        if node is None:
+            return False
+        self.version += 1
+        block = node.pages[-1] // self._block_pages
+        count = sum(1 for place in node.pages[-self._block_pages :] if place // self._block_pages == block)
+        self._cut(node, count)
+        return True
 
     def forget(self, node: Node, after: int) -> list[int]:
         """Takes out the end of a path that was just unlocked, as far as nobody else uses it.
@@ -335,59 +368,61 @@ class RadixTree:
         return freed
 
     def _cut(self, node: Node, num_pages: int) -> list[int]:
-        """Takes the last pages off a free leaf; a leaf without any is taken out."""
+        """Takes the last pages off a free leaf, and what follows; a leaf without any is taken out.
+
+        Returns:
+            The pages, if they were on the device.
+        """
+        for child in list(node.children.values()):
+            self._drop(child)
         kept = max(0, len(node.pages) - num_pages)
         freed, parent = node.pages[kept:], node.parent
         assert parent is not None
-        self.num_pages -= len(freed)
-        self.num_evictable -= len(freed)
+        if node.on_host:
+            self.num_host_pages -= len(freed)
+            self.dropped += freed
+        else:
+            self.num_pages -= len(freed)
+            self.num_evictable -= len(freed)
         if kept:
             node.pages, node.tokens = node.pages[:kept], node.tokens[: kept * self._page_bytes]
             self._offer(node)
-            return freed
-        del parent.children[node.tokens[: self._page_bytes]]
-        node.parent = None
+        else:
+            self._take_out(node)
+            self._offer(parent)
+        return [] if node.on_host else freed
+
+    def _drop(self, node: Node) -> None:
+        """Takes a node on the host out, with all that follows."""
+        stack = [node]
+        while stack:
+            one = stack.pop()
+            stack.extend(one.children.values())
+            one.children = {}
+            self.num_host_pages -= len(one.pages)
+            self.dropped += one.pages
+            self._take_out(one)
+
+    def _take_out(self, node: Node) -> None:
+        parent = node.parent
+        assert parent is not None
+        parent.children.pop(node.tokens[: self._page_bytes], None)
+        parent.num_near -= 0 if node.on_host else 1
+        node.parent, node.entry = None, 0
         self.num_nodes -= 1
-        self._offer(parent)
-        return freed
 
     def _offer(self, node: Node) -> None:
         """Lets eviction find a node if it is a free leaf; an empty root goes."""
-        if node.num_locks or node.children or node.is_queued:
-            return
         if node.parent is None:
-            self._roots.pop(node.salt, None)
-            return
-        self._num_entries += 1
-        node.is_queued = True
-        heapq.heappush(self._leaves, (node.value, self._num_entries, node))
+            if not node.children and not node.num_locks:
+                self._roots.pop(node.salt, None)
+        elif not node.entry and node.is_free_leaf:
+            (self._far if node.on_host else self._near).offer(node)
 
     def check_integrity(self) -> None:
-        """Raises RuntimeError unless counters, locks, links and the heap agree with the nodes."""
-        queued = {id(node) for _, _, node in self._leaves}
-        num_nodes = num_pages = num_evictable = 0
-        for node in self.nodes():
-            num_pages += len(node.pages)
-            num_nodes += node.parent is not None
-            num_evictable += 0 if node.num_locks else len(node.pages)
-            if len(node.tokens) != len(node.pages) * self._page_bytes:
-                raise RuntimeError(f"{len(node.pages)} pages with {len(node.tokens)} bytes of tokens")
-            for key, child in node.children.items():
-                if child.parent is not node or child.start != node.end or not child.tokens.startswith(key):
-                    raise RuntimeError(f"a child of {node.pages} does not know its place")
-                if child.num_locks > node.num_locks:
-                    raise RuntimeError(f"{child.num_locks} locks under {node.num_locks}")
-            is_free_leaf = node.parent is not None and not node.num_locks and not node.children
-            if is_free_leaf and id(node) not in queued:
-                raise RuntimeError(f"eviction cannot find the leaf {node.pages}")
-            if node.claims and not node.num_locks:
-                raise RuntimeError("a claim without a lock")
-        found, kept = (
-            (num_nodes, num_pages, num_evictable),
-            (self.num_nodes, self.num_pages, self.num_evictable),
-        )
-        if found != kept:
-            raise RuntimeError(f"(nodes, pages, evictable) are {found}, counted as {kept}")
+        """Raises RuntimeError unless counters, locks, links, tiers and queues agree with the nodes."""
+        counts = TreeCounts(self.num_nodes, self.num_pages, self.num_evictable, self.num_host_pages)
+        check_nodes(self.nodes(), self._page_bytes, counts, (self._near, self._far))
 
 
 def _log_add(a: float, b: float) -> float:

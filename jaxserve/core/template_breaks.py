@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Sequence
 from typing import NamedTuple, final
 
-from jaxserve.core.radix_tree import Match, pack
+from jaxserve.core.radix_node import HostMatch, pack
 
 _TOKEN_BYTES = 4
 _MOST_PLACES = 256  # that are remembered
@@ -50,7 +50,7 @@ class TemplateBreaks:
     def __init__(self) -> None:
         self._places: dict[tuple[bytes, int], _Place] = {}
 
-    def observe(self, match: Match, prompt: Sequence[int], page_size: int) -> None:
+    def observe(self, match: HostMatch, prompt: Sequence[int], page_size: int) -> None:
         """Looks at a prompt that the cache held in part: ``match`` says how far, and where it ended."""
         done = match.num_pages * page_size
         if len(prompt) - done < MIN_LOST_TOKENS:

@@ -11,7 +11,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from jaxserve.core.radix_tree import HORIZON_S, Match, Node, RadixTree, pack
+from jaxserve.core.radix_node import Match, Node, pack
+from jaxserve.core.radix_tree import HORIZON_S, RadixTree
 
 PAGE = 2
 
@@ -216,7 +217,7 @@ def test_integrity_check_can_fail(damage: str) -> None:
         node.start += 1
     else:
         tree.unlock(node)
-        tree._leaves.clear()
+        tree._near._heap.clear()
     with pytest.raises(RuntimeError):
         tree.check_integrity()
 
