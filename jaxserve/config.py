@@ -82,10 +82,13 @@ class CacheConfig:
         0.01, "share of the pages that admission leaves free for running requests to grow"
     )
     host_kv_bytes: int = _option(
-        0, "bytes of host memory for KV pages of preempted requests; 0 computes their tokens again"
+        0, "bytes of host memory for KV pages of preempted requests and cold prefixes; 0 computes them again"
     )
     enable_prefix_caching: bool = _option(
         True, "keep the pages of finished requests, and share them with requests that begin alike"
+    )
+    enable_prefix_preloading: bool = _option(
+        True, "keep what a conversation leaves, and load it from the host, when its next turn is likely"
     )
 
 
@@ -308,12 +311,11 @@ def _check_cache(cache: CacheConfig) -> None:
     _require(
         _is_int(host_bytes) and 0 <= host_bytes < 2**50, "host_kv_bytes", host_bytes, "must be in [0, 2**50)"
     )
-    _require(
-        isinstance(cache.enable_prefix_caching, bool),
-        "enable_prefix_caching",
-        cache.enable_prefix_caching,
-        "must be true or false",
-    )
+    for name, flag in (
+        ("enable_prefix_caching", cache.enable_prefix_caching),
+        ("enable_prefix_preloading", cache.enable_prefix_preloading),
+    ):
+        _require(isinstance(flag, bool), name, flag, "must be true or false")
 
 
 def _check_scheduler(scheduler: SchedulerConfig) -> None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from jaxserve.config import SchedulerConfig
 from jaxserve.core.buckets import BucketLadder
-from jaxserve.core.cost_model import CostModel, StepFeatures
+from jaxserve.core.cold_prefixes import HostSide
+from jaxserve.core.copy_queue import CopyQueue
+from jaxserve.core.cost_model import CostModel
 from jaxserve.core.decision_log import DecisionLog
+from jaxserve.core.host_blocks import HostBlocks
+from jaxserve.core.host_traffic import HostTraffic
 from jaxserve.core.kv_cache_manager import KVCacheManager
 from jaxserve.core.page_pool import PagePool
-from jaxserve.core.plan import Bucket
 from jaxserve.core.policies.registry import make_policies
 from jaxserve.core.policy import PolicyContext
 from jaxserve.core.prefix_cache import PrefixCache
@@ -34,7 +37,8 @@ class Assembly:
         watermark_pages: pages that admission leaves free.
         max_queued_requests: waiting requests beyond which new ones are refused.
         prefix_caching: whether requests with the same beginning share its pages.
-        host: memory for the pages of preempted requests.
+        prefix_preloading: whether what conversations leave is kept and loaded for their next turn.
+        host: memory for the pages of preempted requests, and for prefixes.
     """
 
     scheduler: SchedulerConfig
@@ -45,6 +49,7 @@ class Assembly:
     watermark_pages: int
     max_queued_requests: int
     prefix_caching: bool
+    prefix_preloading: bool
     host: HostTier = NO_HOST
 
     def to_json(self) -> dict[str, Any]:
@@ -68,11 +73,15 @@ class Assembly:
 
 def assemble(assembly: Assembly, costs: CostModel, decision_log: DecisionLog | None = None) -> Scheduler:
     """The scheduler that an assembly describes; its policies look at ``costs``."""
-    pool = PagePool(assembly.num_pages)
-    cache = PrefixCache(pool, assembly.page_size, _chunk_seconds(assembly.ladder, costs))
-    kv = KVCacheManager(pool, assembly.page_size, cache if assembly.prefix_caching else None)
-    ladder, host = assembly.ladder, assembly.host
-    resume = ResumeCosts(costs, ladder.token_budget, ladder.mixed_rows, assembly.page_size, host)
+    ladder, tier, page_size = assembly.ladder, assembly.host, assembly.page_size
+    resume = ResumeCosts(costs, ladder.token_budget, ladder.mixed_rows, page_size, tier)
+    pool, blocks, copies = PagePool(assembly.num_pages), HostBlocks(tier), CopyQueue()
+    cache = None
+    if assembly.prefix_caching:
+        side = HostSide(tier, blocks, copies, resume) if tier.num_blocks else None
+        preloads = resume if assembly.prefix_preloading else None
+        cache = PrefixCache(pool, page_size, resume.chunk_s, host=side, preloads=preloads)
+    kv = KVCacheManager(pool, page_size, cache)
     context = PolicyContext(
         config=assembly.scheduler,
         num_slots=assembly.num_slots,
@@ -80,7 +89,7 @@ def assemble(assembly: Assembly, costs: CostModel, decision_log: DecisionLog | N
         chunk_sizes=ladder.mixed_tokens,
         costs=costs,
         resume=resume,
-        page_size=assembly.page_size,
+        page_size=page_size,
         matched_tokens=kv.matched_tokens,
         page_occupancy=lambda: kv.occupancy,
     )
@@ -91,13 +100,6 @@ def assemble(assembly: Assembly, costs: CostModel, decision_log: DecisionLog | N
         num_slots=assembly.num_slots,
         watermark_pages=assembly.watermark_pages,
         max_queued_requests=assembly.max_queued_requests,
-        swap=SwapSpace(host, assembly.page_size, resume),
+        host=HostTraffic(blocks, copies, SwapSpace(tier, page_size, resume, blocks, copies), kv.cold),
         decision_log=decision_log,
     )
-
-
-def _chunk_seconds(ladder: BucketLadder, costs: CostModel) -> Callable[[int], float]:
-    """Seconds of a step that computes the largest chunk of a prompt, by the tokens of context before it."""
-    bucket = Bucket(ladder.token_budget, ladder.mixed_rows)
-    nothing = StepFeatures(0, 0, 0.0, 0)
-    return lambda context: costs.predict(bucket, nothing.with_prefill(ladder.token_budget, context))

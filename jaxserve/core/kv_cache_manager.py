@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from jaxserve.core.cold_prefixes import ColdPrefixes
 from jaxserve.core.page_pool import PagePool
 from jaxserve.core.policy import PagesView
 from jaxserve.core.prefix_cache import PrefixCache, PrefixCacheStats
-from jaxserve.core.radix_tree import NO_MATCH, Match
+from jaxserve.core.radix_node import NO_MATCH, Match
 from jaxserve.request import Request
-
-# Finding out what is worth least costs as much for one page as for several.
-_EVICTED_SHARE = 1 / 1024
 
 
 class KVCacheManager:
@@ -26,7 +24,6 @@ class KVCacheManager:
     def __init__(self, pool: PagePool, page_size: int, cache: PrefixCache | None = None) -> None:
         self._pool = pool
         self._cache = cache
-        self._eviction_run = int(pool.num_usable * _EVICTED_SHARE)
         self.page_size = page_size
 
     @property
@@ -79,22 +76,27 @@ class KVCacheManager:
             watermark_pages=watermark_pages,
         )
 
-    def admit(self, request: Request, match: Match, now: float) -> None:
-        """Gives a request that has room all of its pages; those of the match are computed."""
+    def admit(self, request: Request, match: Match, now: float, *, may_load: bool = True) -> int:
+        """Gives a request that has room all of its pages; those of the match are computed or being loaded.
+
+        Args:
+            may_load: load what the match has on the host, if that is sooner done than computing it.
+
+        Returns:
+            Leading tokens that need not be computed.
+        """
+        found = 0
         if self._cache is not None:
-            self._cache.enter(request, match, now)
-            request.num_computed_tokens = match.num_pages * self.page_size
+            found = self._cache.enter(request, match, now, may_load=may_load)
         self.grow(request, request.num_tokens)
+        return found
 
     def grow(self, request: Request, num_tokens: int) -> None:
         """Appends the pages that ``num_tokens`` tokens need. The caller has checked `num_available`."""
         missing = self.pages_for(num_tokens) - len(request.page_ids)
-        if missing <= 0:
-            return
-        lacking = missing - self._pool.num_free
-        if lacking > 0 and self._cache is not None:
-            self._cache.evict(max(lacking, self._eviction_run))
-        request.page_ids += self._pool.allocate(missing)
+        if missing > 0:
+            source = self._pool if self._cache is None else self._cache
+            request.page_ids += source.allocate(missing)
 
     def computed(self, request: Request) -> None:
         """Says that the plan being made computes a chunk of a request."""
@@ -112,6 +114,11 @@ class KVCacheManager:
             self._cache.leave(request, now, keep=keep)
         self._pool.release(request.page_ids)
         request.page_ids = []
+
+    @property
+    def cold(self) -> ColdPrefixes | None:
+        """The host tier of the prefix cache, if there is one."""
+        return None if self._cache is None else self._cache.cold
 
     def prefix_cache_stats(self) -> PrefixCacheStats | None:
         """None if there is no prefix cache."""

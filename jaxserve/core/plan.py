@@ -96,8 +96,8 @@ class PageUpdate(NamedTuple):
     page: int
 
 
-# In a copy: nothing is copied there.
-NO_PAGE = -1
+# In a copy: nothing is copied there; nobody's slot.
+NO_PAGE = NO_SLOT = -1
 
 
 class PageCopy(NamedTuple):
@@ -105,8 +105,8 @@ class PageCopy(NamedTuple):
 
     Attributes:
         number: of the copy, counted from 1.
-        request_id: whose.
-        slot: that the request has.
+        request_id: whose; empty for pages of the prefix cache.
+        slot: that the request has; `NO_SLOT` for pages of the prefix cache.
         blocks: of host memory; each holds as many pages as a block has.
         pages: of all blocks in order; the last block may have fewer, and `NO_PAGE` may stand for some.
     """
@@ -146,12 +146,13 @@ class StepPlan:
         rows: decodes first, then prefill chunks; ``sum(num_tokens) <= bucket.tokens``, but in a decode loop
             each ``num_tokens <= bucket.decode_steps``.
         bucket: the compiled shape that runs it.
-        admissions: requests that take a slot just before the step; all have a row in it, but for those of a
-            batch (static, dynamic) whose prompts the step's budget has no room for. One whose pages are
-            being loaded is told when they land.
+        admissions: requests that take a slot just before the step; all have a row in it, but for those whose
+            prompts the step's budget has no room for: of a batch (static, dynamic), or behind a prefix that
+            has been loaded. One whose pages are being loaded is told when they land.
         page_updates: pages of requests that grew; at most one per row.
         preempted_ids: requests that lost their slot and pages in this plan.
-        saves: pages to copy to the host before anything else of this plan is done.
+        saves: pages to copy to the host before anything else of this plan is done; after them the loads,
+            then the landings.
         loads: blocks to bring to the device; they go into pages when they land.
         landings: numbers of loads, of this plan or earlier ones, to put into their pages before the step.
         num_held_slots: slots kept by finished requests (static and dynamic batching), padded in the step.

@@ -80,11 +80,8 @@ class RadixTree:
         return math.exp(node.heat - now / self._horizon_s)
 
     def marginal_s(self, now: float) -> float:
-        """Seconds that a page is expected to save within the horizon if it is just worth keeping.
-
-        A chunk of a prompt counts as a page: divide by its pages.
-        """
-        return math.exp(min(self.last_value - now / self._horizon_s, 0.0))
+        """Expected reuses x seconds of a chunk, of the leaf that was evicted last; 0 before that."""
+        return math.exp(self.last_value - now / self._horizon_s)
 
     # ------------------------------------------------------------------ looking
 

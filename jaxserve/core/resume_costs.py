@@ -1,4 +1,4 @@
-"""What it takes to put a preempted request back: computing its tokens again, or copying its pages."""
+"""What it takes to have tokens' KV pages again: computing them, or copying them from the host."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from jaxserve.request import Request
 _REFRESH_USES = 256
 _BLOCK_BYTES = 32 << 20
 _MOST_BLOCK_PAGES = 16
+# Blocks that may take device memory beside the pages, on their way to the host and back.
+MOST_SAVING = MOST_LOADING = 32
+_NOTHING = StepFeatures(0, 0, 0.0, 0)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class HostTier:
-    """Host memory for the KV pages of preempted requests.
+    """Host memory for the KV pages of preempted requests and cold prefixes.
 
     Attributes:
         num_blocks: that it holds; 0 for no such tier.
@@ -58,7 +61,8 @@ class ResumeCosts:
     def __init__(self, costs: CostModel, chunk: int, rows: int, page_size: int, host: HostTier) -> None:
         self._costs = costs
         self._bucket = Bucket(chunk, rows)
-        self._features = StepFeatures(0, 0, 0.0, 0).with_prefill(chunk, 0)
+        self._features = _NOTHING.with_prefill(chunk, 0)
+        self._page_size = page_size
         self._block_tokens = page_size * host.block_pages
         self._host = host
         self._uses = 0
@@ -70,6 +74,24 @@ class ResumeCosts:
             self._token_s = self._costs.predict(self._bucket, self._features) / self._features.tokens
         self._uses += 1
         return num_tokens * self._token_s
+
+    def chunk_s(self, context: int) -> float:
+        """Seconds of a step that computes the largest chunk of a prompt behind so many tokens."""
+        chunk = self._bucket.tokens
+        return self._costs.predict(self._bucket, _NOTHING.with_prefill(chunk, context))
+
+    @property
+    def page_share(self) -> float:
+        """Of a chunk, that is a page."""
+        return self._page_size / self._bucket.tokens
+
+    def compute_s(self, num_tokens: int, context: int) -> float:
+        """Seconds to compute so many tokens of a prompt behind so many others."""
+        return num_tokens / self._bucket.tokens * self.chunk_s(context + num_tokens // 2)
+
+    def load_s(self, num_blocks: int) -> float:
+        """Seconds to copy blocks from the host."""
+        return self._host.copy_s(num_blocks)
 
     def swap_s(self, num_tokens: int) -> float:
         """Seconds to copy the pages of so many tokens to the host and back."""

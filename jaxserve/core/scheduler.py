@@ -19,13 +19,14 @@ from jaxserve.core.buckets import BucketLadder
 from jaxserve.core.decision_log import DecisionLog
 from jaxserve.core.draft import Draft
 from jaxserve.core.horizon import loop_steps
+from jaxserve.core.host_traffic import HostTraffic
 from jaxserve.core.kv_cache_manager import KVCacheManager
 from jaxserve.core.observers import Observers
 from jaxserve.core.plan import StepPlan, StepResult
 from jaxserve.core.policy import Policies, Preempting, QueueView, RankingPrefills, StepView
 from jaxserve.core.prefix_cache import PrefixCacheStats
-from jaxserve.core.radix_tree import Match
-from jaxserve.core.swap import SwapSpace, SwapStats
+from jaxserve.core.radix_node import Match
+from jaxserve.core.swap import SwapStats
 from jaxserve.core.updates import SchedulerStats, StepUpdates, finish_reason, live_rows
 from jaxserve.core.waiting_queue import WaitingQueue
 from jaxserve.errors import DuplicateRequestError, QueueFullError
@@ -56,7 +57,7 @@ class Scheduler:
         num_slots: int,
         watermark_pages: int,
         max_queued_requests: int,
-        swap: SwapSpace,
+        host: HostTraffic,
         decision_log: DecisionLog | None = None,
     ) -> None:
         self._policies = policies
@@ -65,7 +66,8 @@ class Scheduler:
         self._ranking = policies.ordering if isinstance(policies.ordering, RankingPrefills) else None
         self._log = decision_log
         self._kv = kv
-        self._swap = swap
+        self._host = host
+        self._swap = host.swap
         self._ladder = ladder
         self._watermark_pages = watermark_pages
         self._max_queued_requests = max_queued_requests
@@ -185,11 +187,11 @@ class Scheduler:
             self._waiting.refresh(now)
             if self._preempting is not None and not self._free_slots:
                 self._make_room(self._preempting, now, draft)
-        if self._swap.num_loading:
+        if self._host.has_loads:
             self._land(draft)
         prefills = draft.plan_decodes(self._running)
-        if self._swap.num_loading:
-            prefills = [request for request in prefills if not self._swap.is_loading(request)]
+        if self._host.has_loads:
+            prefills = [request for request in prefills if not self._host.is_loading(request)]
         num_decodes = len(draft.owners)
         if prefills or self._waiting:
             self._plan_prefills(prefills, now, draft)
@@ -198,7 +200,7 @@ class Scheduler:
         self._page_ends = draft.page_ends
         if not draft.owners:
             return None
-        self._swap.take_copies(draft)
+        self._host.take_copies(draft)
         plan = draft.finish(self._step, self._ladder, len(self._held))
         self._step += 1
         self._in_flight.append(_InFlight(plan, draft.owners, self._num_finished))
@@ -227,8 +229,8 @@ class Scheduler:
 
     def _land(self, draft: Draft) -> None:
         """Lets those compute again whose pages have come back."""
-        is_idle = not self._in_flight and self._swap.num_loading == len(self._running)
-        for request in self._swap.land(draft, waits_for_nothing_else=is_idle):
+        is_idle = not self._in_flight and self._host.num_loading == len(self._running)
+        for request in self._host.land(waits_for_nothing_else=is_idle):
             self._kv.computed(request)
             draft.admit(request)
 
@@ -313,16 +315,18 @@ class Scheduler:
             loads = self._swap.may_load(request, match.num_pages * self._kv.page_size)
             if loads and self._swap.is_busy:
                 return
-            self._start(request, match, now)
+            self._start(request, match, now, is_saved=loads)
             if loads:
                 self._swap.load(request, match.num_pages)
                 continue
             self._swap.drop(request)
+            if self._host.waits_for_prefix(request):
+                continue
             draft.admit(request)
             if draft.budget > 0:
                 self._plan_chunk(request, draft)
 
-    def _start(self, request: Request, match: Match, now: float) -> None:
+    def _start(self, request: Request, match: Match, now: float, *, is_saved: bool) -> None:
         if self._log is not None:
             key = self._waiting.key_of(request)
             self._log.admitted(self._step, now, request, key=key, ordering=self._policies.ordering)
@@ -330,12 +334,12 @@ class Scheduler:
         self._observers.admitted(request, now)
         request.slot = self._free_slots.pop()
         request.status = RequestStatus.RUNNING
-        self._kv.admit(request, match, now)
+        found = self._kv.admit(request, match, now, may_load=not is_saved)
         if request.num_preemptions:
-            self._num_lost_tokens -= request.num_computed_tokens
+            self._num_lost_tokens -= found
         if request.first_scheduled_time is None:
             request.first_scheduled_time = now
-            request.num_cached_tokens = request.num_computed_tokens
+            request.num_cached_tokens = found
         self._running.append(request)
 
     def _enqueue(self, request: Request, now: float) -> None:
@@ -347,7 +351,8 @@ class Scheduler:
         if self._log is not None:
             self._log.preempted(self._step, now, request.id, for_id=for_id)
         draft.drop_pages(request)
-        self._swap.save(request)
+        if not self._host.waits_for_prefix(request):
+            self._swap.save(request, now)
         draft.preempted_ids.append(request.id)
         self._running.remove(request)
         self._give_up_slot(request, now)
@@ -382,7 +387,7 @@ class Scheduler:
         """Takes the result of the oldest step in flight; returns what changed."""
         step = self._in_flight.popleft()
         if result.arrived:
-            self._swap.arrived(result.arrived)
+            self._host.arrived(result.arrived)
         updates = StepUpdates(logprobs=result.logprobs)
         for decode_step, token_ids in enumerate(result.token_ids):
             for index in [row for bad_step, row in result.bad_rows if bad_step == decode_step]:
@@ -478,7 +483,7 @@ class Scheduler:
         """Raises RuntimeError if pages or slots are lost, doubled, or with someone who should have none."""
         holders = [*self._running, *self._held]
         self._kv.check_integrity(holders)
-        self._swap.check_integrity()
+        self._host.check_integrity()
         taken = [request.slot for request in holders if request.slot is not None]
         slots = sorted([*self._free_slots, *taken])
         if slots != list(range(self._num_slots)) or len(taken) != len(holders):

@@ -16,12 +16,12 @@ Host only. The executor copies in the order of the plans, so a block may be give
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple, final
 
-from jaxserve.core.draft import Draft
-from jaxserve.core.page_pool import PagePool
-from jaxserve.core.plan import NO_PAGE, PageCopy
+from jaxserve.core.copy_queue import CopyQueue
+from jaxserve.core.host_blocks import HostBlocks
+from jaxserve.core.plan import NO_PAGE
 from jaxserve.core.resume_costs import HostTier, ResumeCosts
 from jaxserve.request import Request
 
@@ -36,7 +36,8 @@ class SwapStats(NamedTuple):
         saved_blocks, loaded_blocks: copied to the host, and back.
         saved_tokens: computed tokens of requests that were preempted and saved.
         resumed_tokens: of these, those that landed again and were not recomputed.
-        num_used_blocks, num_blocks: of host memory.
+        num_used_blocks: that hold preempted requests.
+        num_blocks: of host memory.
     """
 
     saved_blocks: int
@@ -63,19 +64,20 @@ class SwapSpace:
         host: the memory, and what a copy costs.
         page_size: tokens of a KV page.
         costs: whether a copy is worth it.
+        blocks: of the memory.
+        copies: that the next plan carries.
     """
 
-    def __init__(self, host: HostTier, page_size: int, costs: ResumeCosts) -> None:
+    def __init__(
+        self, host: HostTier, page_size: int, costs: ResumeCosts, blocks: HostBlocks, copies: CopyQueue
+    ) -> None:
         self._host = host
         self._page_size = page_size
         self._costs = costs
-        self._pool = PagePool(max(host.num_blocks, 1) + 1)  # block 0 is never used
+        self._blocks = blocks
+        self._copies = copies
         self._saved: dict[Request, _Saved] = {}
         self._loading: dict[int, Request] = {}  # number of the copy -> request; oldest first
-        self._arrived: set[int] = set()
-        self._saves: list[PageCopy] = []  # that no plan has yet
-        self._loads: list[PageCopy] = []
-        self._num_copies = 0
         self._saved_blocks = self._loaded_blocks = self._saved_tokens = self._resumed_tokens = 0
 
     @property
@@ -83,10 +85,14 @@ class SwapSpace:
         """Requests that have slot and pages, and wait for what is in them."""
         return len(self._loading)
 
+    def loading(self) -> Iterable[Request]:
+        """The requests that load."""
+        return self._loading.values()
+
     def is_loading(self, request: Request) -> bool:
         return request in self._loading.values()
 
-    def save(self, request: Request) -> None:
+    def save(self, request: Request, now: float) -> None:
         """Copies the pages of a request that is being preempted, if that is cheaper than computing them.
 
         Call it while it still owns them. Those of a prompt that is in part computed are not worth it.
@@ -98,13 +104,12 @@ class SwapSpace:
         if request.num_tokens - num_tokens != 1 or not self._costs.prefers_swap(num_tokens):
             return
         pages = request.page_ids[: -(-num_tokens // self._page_size)]
-        count = -(-len(pages) // self._host.block_pages)
-        if count > self._pool.num_free:
+        blocks = self._blocks.allocate_for_request(-(-len(pages) // self._host.block_pages), now)
+        if blocks is None:
             return
-        blocks = self._pool.allocate(count)
         self._saved[request] = _Saved(blocks, num_tokens)
-        self._saves.append(self._copy(request, blocks, pages))
-        self._saved_blocks += count
+        self._copies.save(blocks, pages, request)
+        self._saved_blocks += len(blocks)
         self._saved_tokens += num_tokens
 
     def may_load(self, request: Request, num_matched: int) -> bool:
@@ -130,33 +135,30 @@ class SwapSpace:
         pages = [NO_PAGE] * num_matched_pages + request.page_ids[num_matched_pages:]
         pages = pages[: -(-saved.num_tokens // self._page_size)]
         skipped = num_matched_pages // self._host.block_pages
-        copy = self._copy(request, saved.blocks[skipped:], pages[skipped * self._host.block_pages :])
-        self._loading[copy.number] = request
-        self._loads.append(copy)
-        self._loaded_blocks += len(copy.blocks)
+        blocks = saved.blocks[skipped:]
+        number = self._copies.load(blocks, pages[skipped * self._host.block_pages :], request)
+        self._loading[number] = request
+        self._loaded_blocks += len(blocks)
 
-    def arrived(self, numbers: Iterable[int]) -> None:
-        """Says that loads have come; of those that were cancelled it does not matter."""
-        self._arrived.update(number for number in numbers if number in self._loading)
-
-    def land(self, draft: Draft, *, waits_for_nothing_else: bool) -> list[Request]:
+    def land(self, waits: Callable[[Request], bool], *, waits_for_nothing_else: bool) -> list[Request]:
         """Requests whose pages are complete from this plan on, with their counts of computed tokens.
 
         Args:
+            waits: whether a request waits for something else; it does not land then.
             waits_for_nothing_else: land the oldest load even if it has not arrived: the step will wait.
         """
-        numbers = [number for number in self._loading if number in self._arrived]
-        if not numbers and waits_for_nothing_else and self._loading:
-            numbers = [next(iter(self._loading))]
+        able = [number for number, request in self._loading.items() if not waits(request)]
+        numbers = [number for number in able if self._copies.has_arrived(number)]
+        if not numbers and waits_for_nothing_else:
+            numbers = able[:1]
         landed: list[Request] = []
         for number in numbers:
             request = self._loading.pop(number)
-            self._arrived.discard(number)
             saved = self._saved.pop(request)
             self._resumed_tokens += saved.num_tokens - request.num_computed_tokens
             request.num_computed_tokens = saved.num_tokens
-            self._pool.release(saved.blocks)
-            draft.landings.append(number)
+            self._blocks.release_of_request(saved.blocks, landed=True)
+            self._copies.land(number)
             landed.append(request)
         return landed
 
@@ -165,12 +167,7 @@ class SwapSpace:
         self._cancel(request)
         saved = self._saved.pop(request, None)
         if saved is not None:
-            self._pool.release(saved.blocks)
-
-    def take_copies(self, draft: Draft) -> None:
-        """Puts the copies that were asked for into a plan that will run."""
-        draft.saves, self._saves = self._saves, []
-        draft.loads, self._loads = self._loads, []
+            self._blocks.release_of_request(saved.blocks)
 
     def stats(self) -> SwapStats:
         return SwapStats(
@@ -178,26 +175,24 @@ class SwapSpace:
             self._loaded_blocks,
             self._saved_tokens,
             self._resumed_tokens,
-            self._pool.num_used,
+            self._blocks.num_for_requests,
             self._host.num_blocks,
         )
 
+    def tables(self) -> list[list[int]]:
+        """The blocks of each request."""
+        return [saved.blocks for saved in self._saved.values()]
+
     def check_integrity(self) -> None:
-        """Raises RuntimeError unless every block is free or one request's, and who loads was saved."""
-        self._pool.check_integrity([saved.blocks for saved in self._saved.values()])
+        """Raises RuntimeError unless blocks are counted right, and who loads was saved."""
         strangers = [r.id for r in self._loading.values() if r not in self._saved]
-        if strangers or not self._arrived <= set(self._loading):
-            raise RuntimeError(f"loads of nothing that was saved: {strangers}, arrived: {self._arrived}")
+        counted = self._blocks.num_for_requests
+        if strangers or counted != sum(map(len, self.tables())):
+            raise RuntimeError(f"loads of nothing that was saved: {strangers}, or not {counted} blocks")
         if any(request.is_finished for request in self._saved):
             raise RuntimeError("a finished request has blocks")
 
     def _cancel(self, request: Request) -> None:
         for number in [n for n, loading in self._loading.items() if loading is request]:
             del self._loading[number]
-            self._arrived.discard(number)
-            self._loads = [copy for copy in self._loads if copy.number != number]
-
-    def _copy(self, request: Request, blocks: list[int], pages: list[int]) -> PageCopy:
-        assert request.slot is not None
-        self._num_copies += 1
-        return PageCopy(self._num_copies, request.id, request.slot, tuple(blocks), tuple(pages))
+            self._copies.cancel(number)

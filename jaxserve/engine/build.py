@@ -251,6 +251,7 @@ def make_core[Handle](
         watermark_pages=resolved.watermark_pages,
         max_queued_requests=config.scheduler.max_queued_requests + resolved.num_slots,
         prefix_caching=config.cache.enable_prefix_caching,
+        prefix_preloading=config.cache.enable_prefix_preloading,
         host=host,
     )
     prior, depth = prior or UnknownDevice(), config.scheduler.pipeline_depth

@@ -33,7 +33,7 @@ from jaxserve.core.updates import StepUpdates
 from jaxserve.errors import ConfigError
 from jaxserve.request import FinishReason, Request
 
-VERSION = 3
+VERSION = 4
 
 
 @final

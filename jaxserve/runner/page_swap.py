@@ -17,19 +17,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxserve.core.plan import NO_PAGE, PageCopy, StepPlan
+from jaxserve.core.plan import NO_PAGE, NO_SLOT, PageCopy, StepPlan
+from jaxserve.core.resume_costs import MOST_SAVING
 from jaxserve.models.sharding import Placement
 from jaxserve.pallas_kernels.layout import gather_pages, scatter_pages
 from jaxserve.runner.step import Caches
 
-# Blocks on their way to the host that may take device memory at once; then a save waits for the oldest.
-_MOST_SAVING = 16
 _PINNED = "pinned_host"
 
 
 @final
 class PageSwapper:
-    """The copies of `jaxserve.core.swap`, compiled when it is made.
+    """The copies of `jaxserve.core.host_traffic`, compiled when it is made. A save waits for the oldest one where
+    too many are on their way.
 
     Args:
         caches: whose pages these are; not kept.
@@ -62,13 +62,22 @@ class PageSwapper:
         """The copies of a plan, before its step; returns the caches, which are donated if anything lands."""
         for save in plan.saves:
             self._save(save, caches)
+        landings = set(plan.landings)
         for load in plan.loads:
             self._load(load)
+            if load.number in landings:  # its blocks need not wait beside those of others
+                landings.remove(load.number)
+                caches = self._land(load.number, caches)
         for number in plan.landings:
-            load, blocks = self._loading.pop(number)
-            self._reported.discard(number)
-            for ids, block in zip(self._ids(load), blocks, strict=True):
-                caches = self._scatter(caches, ids, block)
+            if number in landings:
+                caches = self._land(number, caches)
+        return caches
+
+    def _land(self, number: int, caches: Caches) -> Caches:
+        load, blocks = self._loading.pop(number)
+        self._reported.discard(number)
+        for ids, block in zip(self._ids(load), blocks, strict=True):
+            caches = self._scatter(caches, ids, block)
         return caches
 
     def arrived(self) -> tuple[int, ...]:
@@ -83,7 +92,7 @@ class PageSwapper:
 
     def _save(self, save: PageCopy, caches: Caches) -> None:
         for block, ids in zip(save.blocks, self._ids(save), strict=True):
-            while self._saving and (len(self._saving) >= _MOST_SAVING or _is_ready(self._saving[0])):
+            while self._saving and (len(self._saving) >= MOST_SAVING or _is_ready(self._saving[0])):
                 jax.block_until_ready(self._saving.popleft())
             copy: Caches = jax.device_put(self._gather(caches, ids), self._on_host)
             self._blocks[block] = copy
@@ -91,7 +100,8 @@ class PageSwapper:
 
     def _load(self, load: PageCopy) -> None:
         # A slot has one load at a time: an older one was cancelled, and nobody else will say so.
-        for number in [n for n, (other, _) in self._loading.items() if other.slot == load.slot]:
+        same_slot = [n for n, (other, _) in self._loading.items() if other.slot == load.slot != NO_SLOT]
+        for number in same_slot:
             del self._loading[number]
             self._reported.discard(number)
         near: list[Caches] = [jax.device_put(self._blocks[block], self._on_device) for block in load.blocks]

@@ -49,9 +49,12 @@ class ClusterConfig:
     row_buckets: tuple[int, ...] | None = _option(None, "row counts compiled for pure decode steps")
     token_buckets: tuple[int, ...] | None = _option(None, "token counts compiled for steps with prefill")
     watermark: float = _option(0.01, "share of the pages that admission leaves to running requests")
-    host_kv_bytes: int = _option(0, "bytes of host memory for KV pages of preempted requests, an engine")
+    host_kv_bytes: int = _option(0, "bytes of host memory for KV pages of preempted requests and cold prefixes, an engine")
     enable_prefix_caching: bool = _option(
         True, "keep the pages of finished requests; hits need a trace with block hashes"
+    )
+    enable_prefix_preloading: bool = _option(
+        True, "keep what a conversation leaves, and load it from the host, when its next turn is likely"
     )
 
 
@@ -107,6 +110,7 @@ def make_cluster(config: ClusterConfig, scheduler: SchedulerConfig) -> Cluster:
         watermark_pages=int(config.watermark * num_pages),
         max_queued_requests=2**31,
         prefix_caching=config.enable_prefix_caching,
+        prefix_preloading=config.enable_prefix_preloading,
         host=_host_tier(config, profile, shape, each),
     )
     roofline = Roofline(profile, shape, each)

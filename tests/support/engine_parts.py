@@ -45,6 +45,7 @@ def make_core(
     watermark_pages: int = 1,
     max_queued_requests: int = 100_000,
     prefix_caching: bool = True,
+    prefix_preloading: bool = True,
     host: HostTier = NO_HOST,
     clock: Callable[[], float] | None = None,
     executor: Any = None,
@@ -71,6 +72,7 @@ def make_core(
         watermark_pages=watermark_pages,
         max_queued_requests=max_queued_requests,
         prefix_caching=prefix_caching,
+        prefix_preloading=prefix_preloading,
         host=host,
     )
     costs = CostModel(UnknownDevice())
@@ -138,7 +140,8 @@ def random_prompt(rng: random.Random, longest: int, vocab_size: int = 101) -> li
 def make_copies_free(monkeypatch: pytest.MonkeyPatch) -> None:
     """Swaps whom it can: a tiny model computes faster than memory copies."""
 
-    def free(self: ResumeCosts, num_tokens: int) -> float:
+    def free(self: ResumeCosts, count: int) -> float:
         return 0.0
 
     monkeypatch.setattr(ResumeCosts, "swap_s", free)
+    monkeypatch.setattr(ResumeCosts, "load_s", free)

@@ -82,7 +82,7 @@ class FakeExecutor:
             assert len(save.blocks) == -(-len(save.pages) // size)
             for index, block in enumerate(save.blocks):
                 pages = save.pages[index * size : (index + 1) * size]
-                self.blocks[block] = [self._page(page) for page in pages]
+                self.blocks[block] = [self._page(page) for page in pages] + [{}] * (size - len(pages))
         for load in plan.loads:
             held = [page for block in load.blocks for page in self.blocks[block]]
             self.loads[load.number] = load, held
@@ -90,7 +90,7 @@ class FakeExecutor:
         for number in plan.landings:
             load, held = self.loads.pop(number)
             self.loads_due.pop(number)
-            for page, content in zip(load.pages, held, strict=True):
+            for page, content in zip(load.pages, held[: len(load.pages)], strict=True):
                 if page != NO_PAGE:
                     self.contents |= {(page, offset): tokens for (_, offset), tokens in content.items()}
 
