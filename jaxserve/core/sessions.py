@@ -54,6 +54,8 @@ class Sessions:
                 that turn's last page was not full, or its answer was written differently.
         """
         at = node
+        if at.parent is None:
+            return
         if at not in self._waiting and len(node.children) == node.num_born == 1:
             (at,) = node.children.values()
         session = self._waiting.pop(at, None)
