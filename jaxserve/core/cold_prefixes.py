@@ -87,7 +87,7 @@ class ColdPrefixes:
         self._landed: list[Node] = []  # ends of loads that are done; locked until a plan has landed them
         self._waiting: dict[Request, tuple[list[PrefixLoad], int]] = {}  # for what, and tokens it has then
         self._saved = self._loaded = self._wasted = 0  # pages
-        self._preloaded = self._preload_useful = self._preload_wasted = 0
+        self._preloaded = self._preload_useful = 0
         host.blocks.reclaimer = self
 
     # ------------------------------------------------------------------ to the host
@@ -95,21 +95,18 @@ class ColdPrefixes:
     def demote(self, node: Node, count: int) -> list[int] | None:
         """Places on the host for the last pages of a leaf, which are copied there; None if not worth it.
 
-        It is if loading is cheaper than computing, if the link keeps up, and if there is room among what is
-        worth less.
+        It is if loading is cheaper than computing, and if there is room among what is worth less. So many
+        pages at most that the link keeps up; the last ones then.
         """
-        if node.is_preloaded:
-            self._preload_wasted += count
-        size, num_blocks = self._block_pages, -(-count // self._block_pages)
+        size = self._block_pages
+        num_blocks = min(-(-count // size), self._link_blocks())
+        count = min(count, num_blocks * size)
         start = (node.end - count) * self._page_size
         if self._costs.load_s(num_blocks) >= self._costs.compute_s(count * self._page_size, start):
             return None
-        begin, save_s = max(self._saving_until, self._now), self._tier.copy_s(num_blocks)
-        if begin + save_s - self._now > self._tier.copy_s(MOST_SAVING):
+        if not num_blocks or not self._make_room(num_blocks, node.value):
             return None
-        if not self._make_room(num_blocks, node.value):
-            return None
-        self._saving_until = begin + save_s
+        self._saving_until = max(self._saving_until, self._now) + self._tier.copy_s(num_blocks)
         blocks = self._blocks.pool.allocate(num_blocks)
         self._copies.save(blocks, node.pages[-count:])
         places = [block * size + offset for block in blocks for offset in range(size)][:count]
@@ -117,6 +114,11 @@ class ColdPrefixes:
         self._blocks.pool.share([place // size for place in places if place % size])
         self._saved += count
         return places
+
+    def _link_blocks(self) -> int:
+        """Blocks that may join those on their way to the host."""
+        under_way_s = max(self._saving_until - self._now, 0.0)
+        return int(MOST_SAVING - under_way_s * self._tier.bytes_s / self._tier.block_bytes)
 
     def reclaim(self, num_blocks: int, now: float) -> bool:
         """Implements `Reclaimer`."""
@@ -263,7 +265,7 @@ class ColdPrefixes:
     def stats(self) -> ColdStats:
         page_bytes = self._tier.block_bytes // self._block_pages
         pages = (self._saved, self._loaded, self._wasted)
-        preloads = (self._preloaded, self._preload_useful, self._preload_wasted)
+        preloads = (self._preloaded, self._preload_useful, self._tree.num_unused)
         return ColdStats(
             *(page_bytes * count for count in (*pages, *preloads)),
             num_host_pages=self._tree.num_host_pages,

@@ -34,16 +34,16 @@ class LeafQueue:
         node.entry = next(self._numbers)
         heapq.heappush(self._heap, (node.value, node.entry, node))
 
-    def pop(self, now: float, below: float = math.inf) -> Node | None:
+    def pop(self, now: float, below: float = math.inf, *, takes_kept: bool = True) -> Node | None:
         """Takes the leaf of the least value, if that is less than ``below``; its entry is gone.
 
-        Those that are kept come after all others, and only if everything may go: without ``below``.
+        Those that are kept come after all others, and only with ``takes_kept``.
         """
         while self._kept and self._kept[0][0] <= now:
             self._restore()
         while (node := self._least(below)) is not None and node.kept_until > now:
             heapq.heappush(self._kept, (node.kept_until, node.entry, node))
-        while node is None and self._kept and below == math.inf:
+        while node is None and self._kept and takes_kept:
             self._restore()
             node = self._least(below)
         if node is not None:

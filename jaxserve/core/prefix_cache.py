@@ -32,6 +32,8 @@ from jaxserve.request import Request
 
 # Finding out what is worth least costs as much for one page as for several.
 _EVICTED_SHARE = 1 / 1024
+# Of the pages, that are kept free where others can be copied to the host in time.
+_RESERVED_SHARE = 1 / 16
 
 
 class PrefixCacheStats(NamedTuple):
@@ -130,6 +132,7 @@ class PrefixCache:
             else Preloading(self._tree, page_size, horizon_s, preloads, self, self._pressure)
         )
         self._eviction_run = int(pool.num_usable * _EVICTED_SHARE)
+        self._reserve = int(pool.num_usable * _RESERVED_SHARE)
         self._now = 0.0
         self._paths: dict[Request, _Path] = {}
         self._advanced: dict[Request, None] = {}  # computed more of their prompts in the newest plan
@@ -233,6 +236,7 @@ class PrefixCache:
             self._advanced.clear()
         if self._cold is not None:
             self._cold.begin_plan(now)
+            self._demote_ahead(self._cold)
         if self._preloading is not None:
             self._preloading.look(now)
 
@@ -275,6 +279,15 @@ class PrefixCache:
         self._num_evicted += len(pages)
         self._pool.release(pages)
         self._drop_host_pages()
+
+    def _demote_ahead(self, cold: ColdPrefixes) -> None:
+        """Frees pages before they are needed: a long prompt takes more at once than the link can carry."""
+        lacking = self._reserve - self._pool.num_free
+        if lacking > 0:
+            pages = self._tree.demote(lacking, self._now, cold.demote)
+            self._num_evicted += len(pages)
+            self._pool.release(pages)
+            cold.drop()
 
     def load_s(self, num_pages: int) -> float:
         """Implements `Loader`."""

@@ -25,6 +25,9 @@ from jaxserve.core.radix_node import NEVER, TOKEN_BYTES, Match, Node, PrefixLoad
 HORIZON_S = 300.0
 _LEAST_S = 1e-9
 
+# Gives the last so many pages of a leaf, or fewer, places on the host, or None; may take nodes out there.
+type Demote = Callable[[Node, int], list[int] | None]
+
 
 @final
 class RadixTree:
@@ -45,6 +48,7 @@ class RadixTree:
         num_pages: on the device.
         num_evictable: of these, those whose nodes nobody has locked.
         num_host_pages: on the host.
+        num_unused: preloaded pages that left the device before anybody came.
         dropped: places on the host that are no longer in the tree; the owner frees and clears them.
         last_value: of the leaf that was evicted last; `NEVER` before that.
         version: a match holds as long as this stays.
@@ -66,7 +70,7 @@ class RadixTree:
         self._block_pages = block_pages
         numbers = itertools.count(1)
         self._near, self._far = LeafQueue(numbers), LeafQueue(numbers)
-        self.num_nodes = self.num_pages = self.num_evictable = self.num_host_pages = 0
+        self.num_nodes = self.num_pages = self.num_evictable = self.num_host_pages = self.num_unused = 0
         self.dropped: list[int] = []
         self.last_value = NEVER
         self.version = 0
@@ -279,30 +283,46 @@ class RadixTree:
         num_pages: int,
         now: float = math.inf,
         below: float = math.inf,
-        demote: Callable[[Node, int], list[int] | None] | None = None,
+        demote: Demote | None = None,
     ) -> list[int]:
         """Takes so many pages off the device, or all that nobody has locked if these are fewer.
 
         Args:
             num_pages: at least so many; with ``demote`` up to a block more.
-            now: nodes that are kept for longer go last.
+            now: nodes that are kept for longer go last, and only without ``below``.
             below: only pages that are worth less.
-            demote: gives the last so many pages of a leaf places on the host, or None; then they are gone. It
-                may take nodes out that are on the host.
+            demote: where they may go.
         """
         self.version += 1
         freed: list[int] = []
-        while len(freed) < num_pages and (node := self._near.pop(now, below)) is not None:
+        takes_kept = below == math.inf
+        while len(freed) < num_pages and (node := self._near.pop(now, below, takes_kept=takes_kept)):
             self.last_value = node.value
             count = num_pages - len(freed)
-            if demote is not None:
-                count = min(-(-count // self._block_pages) * self._block_pages, len(node.pages))
-                places = demote(node, count)
-                if places is not None:
-                    freed += self._demote(node, places)
-                    continue
-            freed += self._cut(node, count)
+            freed += (demote and self._demote_tail(node, count, demote)) or self._cut(node, count)
         return freed
+
+    def demote(self, num_pages: int, now: float, demote: Demote) -> list[int]:
+        """Moves so many pages to the host, least valuable first, until one has no place there.
+
+        What is kept for longer than ``now`` stays.
+        """
+        self.version += 1
+        freed: list[int] = []
+        while len(freed) < num_pages and (node := self._near.pop(now, takes_kept=False)):
+            moved = self._demote_tail(node, num_pages - len(freed), demote)
+            if moved is None:
+                self._offer(node)
+                break
+            self.last_value = node.value
+            freed += moved
+        return freed
+
+    def _demote_tail(self, node: Node, count: int, demote: Demote) -> list[int] | None:
+        """Moves whole blocks of a free leaf to the host; returns the pages, or None if they have no place."""
+        count = min(-(-count // self._block_pages) * self._block_pages, len(node.pages))
+        places = demote(node, count)
+        return None if places is None else self._demote(node, places)
 
     def _demote(self, node: Node, places: list[int]) -> list[int]:
         """Gives the last pages of a free leaf places on the host; returns the pages."""
@@ -311,6 +331,8 @@ class RadixTree:
             self._split(node, len(node.pages) - count)
         parent, pages = node.parent, node.pages
         assert parent is not None
+        self.num_unused += count if node.is_preloaded else 0
+        node.is_preloaded = False
         node.pages, node.on_host, node.entry = places, True, 0
         parent.num_near -= 1
         self.num_pages -= count
@@ -381,6 +403,7 @@ class RadixTree:
         else:
             self.num_pages -= len(freed)
             self.num_evictable -= len(freed)
+            self.num_unused += len(freed) if node.is_preloaded else 0
         if kept:
             node.pages, node.tokens = node.pages[:kept], node.tokens[: kept * self._page_bytes]
             self._offer(node)

@@ -351,8 +351,7 @@ class Scheduler:
         if self._log is not None:
             self._log.preempted(self._step, now, request.id, for_id=for_id)
         draft.drop_pages(request)
-        if not self._host.waits_for_prefix(request):
-            self._swap.save(request, now)
+        self._swap.save(request, now)
         draft.preempted_ids.append(request.id)
         self._running.remove(request)
         self._give_up_slot(request, now)

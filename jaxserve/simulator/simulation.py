@@ -228,6 +228,7 @@ def _result(instances: dict[int, Instance]) -> SimulationResult:
     computed = sum(s.scheduled_tokens for s in stats)
     padded = sum(e.num_padded_tokens for e in executors)
     caches = [s for i in instances.values() if (s := i.core.scheduler.prefix_cache_stats()) is not None]
+    tiers = [cache.host for cache in caches if cache.host is not None]
     counters = {
         "steps": (float(sum(s.steps for s in stats)), "steps"),
         "preemptions": (float(sum(r.num_preemptions for r in requests)), "requests"),
@@ -235,7 +236,14 @@ def _result(instances: dict[int, Instance]) -> SimulationResult:
         "padded_tokens": (float(padded), "tokens"),
         "prefix_lookup_tokens": (float(sum(cache.lookup_tokens for cache in caches)), "tokens"),
         "prefix_hit_tokens": (float(sum(cache.hit_tokens for cache in caches)), "tokens"),
+        "prefix_host_hit_tokens": (float(sum(cache.host_hit_tokens for cache in caches)), "tokens"),
         "prefix_evicted_pages": (float(sum(cache.num_evicted_pages for cache in caches)), "pages"),
+        "host_saved_bytes": (float(sum(tier.saved_bytes for tier in tiers)), "B"),
+        "host_loaded_bytes": (float(sum(tier.loaded_bytes for tier in tiers)), "B"),
+        "host_wasted_bytes": (float(sum(tier.wasted_bytes for tier in tiers)), "B"),
+        "preloaded_bytes": (float(sum(tier.preloaded_bytes for tier in tiers)), "B"),
+        "preload_useful_bytes": (float(sum(tier.preload_useful_bytes for tier in tiers)), "B"),
+        "preload_wasted_bytes": (float(sum(tier.preload_wasted_bytes for tier in tiers)), "B"),
         "busy_s": (sum(e.busy_s for e in executors), "s"),
         "makespan_s": (end, "s"),
     }

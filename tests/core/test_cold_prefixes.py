@@ -28,9 +28,18 @@ def tier(num_blocks: int = 64, bytes_s: float = 1e12) -> HostTier:
     return HostTier(num_blocks, BLOCK, BLOCK * PAGE_BYTES, bytes_s)
 
 
+class TickingClock(ManualClock):
+    """A hundredth of a second passes whenever somebody looks."""
+
+    def __call__(self) -> float:
+        self.now += 0.01
+        return self.now
+
+
 def two_tiers(**options: Any) -> tuple[EngineCore[object], FakeExecutor]:
     """A device of 16 pages."""
-    small = {"num_slots": 4, "num_pages": 17, "page_size": PAGE, "watermark_pages": 0, "token_budget": 64}
+    small: dict[str, Any] = {"num_slots": 4, "clock": TickingClock(), "num_pages": 17, "page_size": PAGE, "watermark_pages": 0}
+    small["token_budget"] = 64
     return make_core(**small | {"host": tier()} | options)
 
 
@@ -171,7 +180,7 @@ def test_a_load_goes_on_when_its_request_leaves() -> None:
 
 def test_the_less_valuable_leaves_the_host() -> None:
     """Four blocks: what was used three times stays, of what was used once the older goes."""
-    clock = ManualClock()
+    clock = TickingClock()
     core, _ = two_tiers(host=tier(num_blocks=6), clock=clock)
     for _ in range(3):
         ask(core, "often", prompt(1, 2, 3, 4))
@@ -185,7 +194,7 @@ def test_the_less_valuable_leaves_the_host() -> None:
 
 def test_preempted_requests_take_blocks_from_prefixes() -> None:
     """The host is full of prefixes that were used long ago; a request that will go on is worth more."""
-    clock = ManualClock()
+    clock = TickingClock()
     core, fake = two_tiers(host=tier(num_blocks=8), clock=clock)
     for index in range(6):
         ask(core, f"old{index}", prompt(*range(12 * index, 12 * index + 12)))
