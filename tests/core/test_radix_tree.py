@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections import Counter, deque
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from jaxserve.core.radix_node import Match, Node, pack
+from jaxserve.core.radix_node import Match, Node, PrefixLoad, pack
 from jaxserve.core.radix_tree import HORIZON_S, RadixTree
 
 PAGE = 2
@@ -249,6 +250,129 @@ def test_a_hundred_thousand_random_operations_keep_locked_pages() -> None:
             assert held.keys().isdisjoint(tree.evict(rng.randint(1, 5)))
     tree.check_integrity()
     assert tree.num_evictable == tree.num_pages - len(held)
+
+
+def test_what_is_kept_goes_last_and_only_if_it_must() -> None:
+    tree = make_tree()
+    for page, now in ((1, 0.0), (2, 1.0), (3, 2.0)):
+        tree.unlock(put(tree, [page, page], [page], now))
+    kept = tree.match("", [1, 1], 1).node
+    kept.kept_until = 50.0
+    assert tree.evict(1, now=10.0) == [2], "the least valuable is kept"
+    assert tree.evict(2, now=10.0, below=1e9) == [3], "nobody needs pages so much"
+    assert tree.evict(1, now=10.0) == [1], "but now"
+    for page, now in ((4, 3.0), (5, 4.0)):
+        tree.unlock(put(tree, [page, page], [page], now))
+    tree.match("", [4, 4], 1).node.kept_until = 50.0
+    assert tree.evict(1, now=10.0, below=-1e9) == []
+    tree.check_integrity()
+    assert tree.evict(2, now=51.0) == [4, 5], "its time has passed"
+
+
+class Host:
+    """Places on the host, four to a block; refuses now and then."""
+
+    def __init__(self, tree: RadixTree, rng: random.Random, most: int) -> None:
+        self.tree, self.rng, self.most = tree, rng, most
+        self.held: set[int] = set()
+        self.next_block = 0
+
+    def demote(self, node: Node, count: int) -> list[int] | None:
+        assert not node.num_locks
+        assert not node.on_host
+        while len(self.held) + count > self.most:
+            if not self.tree.evict_from_host(node.value):
+                return None
+            self.drop()
+        if self.rng.random() < 0.1:
+            return None
+        places = [4 * self.next_block + i for i in range(count)]
+        self.next_block += -(-count // 4)
+        self.held.update(places)
+        return places
+
+    def drop(self) -> None:
+        assert self.held.issuperset(self.tree.dropped)
+        assert len(set(self.tree.dropped)) == len(self.tree.dropped)
+        self.held.difference_update(self.tree.dropped)
+        self.tree.dropped.clear()
+
+
+def test_a_hundred_thousand_random_operations_on_two_tiers_keep_locked_pages() -> None:
+    """Requests that compute or load, loads that outlive them, evictions of both tiers, and what must stay."""
+    rng = random.Random(6)
+    tree = RadixTree(PAGE, lambda context: 1.0 + context, block_pages=4)
+    host = Host(tree, rng, 120)
+    paths: list[Node] = []
+    loads: list[PrefixLoad] = []
+    held: Counter[int] = Counter()  # page -> locks
+    moved = Counter[str]()
+    next_page = 1
+    for step in range(100_000):
+        action, now = rng.random(), 0.01 * step
+        if action < 0.45:
+            tokens = [rng.randrange(3) for _ in range(PAGE * rng.randint(1, 10))]
+            match = tree.match("", tokens, len(tokens) // PAGE)
+            node = tree.lock(match, now)
+            if match.host is not None and rng.random() < 0.5:
+                nodes = tree.host_path(match)
+                count = sum(len(one.pages) for one in nodes)
+                assert count == match.host.num_pages
+                tree.hold(nodes[-1])
+                load = PrefixLoad(nodes[-1], [p for one in nodes for p in one.pages], deque([((), ())]))
+                tree.bring_near(nodes, list(range(next_page, next_page + count)), load)
+                next_page += count
+                held.update(tree.pages_to(nodes[-1]))
+                loads.append(load)
+                node = tree.lock_more(nodes, now)
+                moved["loaded"] += count
+            start = node.end
+            pages = list(range(next_page, next_page + len(tokens) // PAGE - start))
+            next_page += len(pages)
+            if pages:
+                node, taken = tree.insert(node, pack(tokens[start * PAGE :]), pages, now, may_grow=False)
+                moved["taken"] += len(taken)
+            host.drop()
+            held.update(tree.pages_to(node))
+            paths.append(node)
+        elif action < 0.8 and paths:
+            node = paths.pop(rng.randrange(len(paths)))
+            held.subtract(tree.pages_to(node))
+            tree.unlock(node)
+        elif action < 0.87 and loads:
+            load = loads.pop(rng.randrange(len(loads)))
+            load.pieces.clear()
+            host.held.difference_update(load.places)
+            held.subtract(tree.pages_to(load.end))
+            tree.unlock(load.end)
+        else:
+            pages = tree.evict(rng.randint(1, 5), now, demote=host.demote)
+            host.drop()
+            moved["evicted"] += len(pages)
+            assert not any(held[page] for page in pages), "a locked page was taken"
+        if step % 5000 == 0:
+            tree.check_integrity()
+    tree.check_integrity()
+    locked = sum(1 for count in held.values() if count)
+    assert tree.num_evictable == tree.num_pages - locked
+    assert tree.num_host_pages + sum(len(load.places) for load in loads) == len(host.held)
+    assert min(moved["loaded"], moved["taken"], moved["evicted"]) > 5000, moved
+
+
+def test_a_tail_that_goes_to_the_host_in_parts_stays_one_edge() -> None:
+    tree = RadixTree(PAGE, lambda context: 1.0, block_pages=2)
+    tree.unlock(put(tree, list(range(16)), list(range(1, 9))))
+    places = iter([[10, 11], [20, 21]])
+    for pages in ([7, 8], [5, 6]):
+        assert tree.evict(1, 1.0, demote=lambda node, count: next(places)) == pages
+    match = tree.match("", list(range(16)), 8)
+    assert (match.num_pages, match.num_evictable) == (4, 4)
+    assert match.host is not None
+    assert (match.host.num_pages, match.host.node.pages) == (4, [20, 21, 10, 11])
+    assert tree.num_nodes == 2
+    assert tree.evict(9, 1.0) == [1, 2, 3, 4], "and without a place the rest takes it along"
+    assert tree.dropped == [20, 21, 10, 11]
+    assert tree.num_nodes == tree.num_host_pages == 0
 
 
 def test_operations_do_not_slow_down_with_the_tree() -> None:
