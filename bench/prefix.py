@@ -3,7 +3,7 @@
     python bench/prefix.py --parts ttft --dtype float32           # a shared system prompt, on this device
     python bench/prefix.py --parts ttft --shape llama-3.1-8b      # the same with random weights
     python bench/prefix.py --parts tree                           # operations at 100,000 nodes
-    python bench/prefix.py --parts trace,evict --traces ../shared/traces
+    python bench/prefix.py --parts trace,evict,tiers --traces ../shared/traces
 
 ``ttft``: requests one after the other, each with ``--system-tokens`` tokens that all share and
 ``--tail-tokens`` of its own, one output token. *cold*: the shared part is another one in every request.
@@ -23,6 +23,13 @@ shares no code with the tree.
 
 ``evict``: ``hit_share`` of the same traces in caches of too few blocks, evicting the least recently
 used (``lru``) or the least valuable (``value``).
+
+``tiers``: one in ``--share`` conversations of the same traces, with their own pauses, on one simulated H100:
+without host memory, with ``--host-gib`` of it, and both with keeping and preloading.
+
+- ``hit_share``, and of it ``host_hit_share``, which was on the host and was loaded; of the prompt tokens;
+- ``host_saved_bytes`` went there; ``host_loaded_bytes`` came back, ``host_wasted_bytes`` were given up there or
+  computed again; ``preloaded_bytes`` came back in advance, and were ``useful`` or ``wasted``.
 """
 
 from __future__ import annotations
@@ -37,6 +44,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from bench.batching_runs import offline_config
+from bench.prefix_tiers import measure_tiers, some_conversations
 from bench.results import Results, add_output_flag, host_device, jax_device
 from bench.shapes import add_shape_flag, model_of
 from bench.workloads import find_traces
@@ -53,7 +61,7 @@ from jaxserve.simulator.instance import make_request
 from jaxserve.simulator.simulation import SimulationOptions, SimulationResult, simulate
 from jaxserve.simulator.trace import TraceRequest, read_trace
 
-PARTS = ("ttft", "tree", "trace", "evict")
+PARTS = ("ttft", "tree", "trace", "evict", "tiers")
 _HORIZONS_S = {"lru": 1.0, "value": HORIZON_S}
 _CAPACITIES = (1_000, 5_000, 20_000)  # blocks of 512 tokens
 TRACES = ("mooncake_conversation", "mooncake_synthetic")
@@ -304,6 +312,7 @@ def hit_share(trace: Sequence[TraceRequest], num_blocks: int, horizon_s: float) 
         if num_pages > num_blocks:
             continue
         one, now = make_request(index, row, 1), row.arrival_s
+        cache.commit(now)
         cache.enter(one, cache.match(one), now)
         missing = num_pages - len(one.page_ids)
         cache.evict(max(0, missing - pool.num_free))
@@ -313,6 +322,16 @@ def hit_share(trace: Sequence[TraceRequest], num_blocks: int, horizon_s: float) 
         pool.release(one.page_ids)
     stats = cache.stats()
     return stats.hit_tokens / stats.lookup_tokens
+
+
+def measure_two_tiers(args: argparse.Namespace) -> None:
+    """Every trace on one tier and on two, with and without preloading."""
+    results = Results("prefix", f"simulated, {host_device()}", args.output)
+    for name, trace in _traces(args):
+        chosen = some_conversations(trace, args.share, args.longest)
+        measure_tiers(
+            results, name, chosen, page_size=args.trace_page_size, host_gib=args.host_gib, share=args.share
+        )
 
 
 def _simulated(
@@ -340,6 +359,8 @@ def make_parser() -> CommandParser:
     parser.add_argument("--trace-page-size", type=int, default=128, help="trace: divides 512")
     parser.add_argument("--stretch", type=float, default=8.0, help="trace: times multiplied, for one device")
     parser.add_argument("--longest", type=int, default=100_000, help="trace: tokens, for one device")
+    parser.add_argument("--share", type=int, default=4, metavar="N", help="tiers: one in N conversations")
+    parser.add_argument("--host-gib", type=float, default=400.0, help="tiers: host memory for KV pages")
     parser.add_argument("--bench-seed", type=int, default=0)
     add_shape_flag(parser)
     add_output_flag(parser)
@@ -362,6 +383,7 @@ def main(argv: list[str] | None = None) -> int:
         "tree": measure_tree,
         "trace": measure_traces,
         "evict": measure_evictions,
+        "tiers": measure_two_tiers,
     }
     for part in parts:
         measures[part](args)

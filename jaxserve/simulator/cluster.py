@@ -54,7 +54,7 @@ class ClusterConfig:
         True, "keep the pages of finished requests; hits need a trace with block hashes"
     )
     enable_prefix_preloading: bool = _option(
-        True, "keep what a conversation leaves, and load it from the host, when its next turn is likely"
+        False, "keep what conversations leave, and load it from the host, for as long as the next turn is likely"
     )
 
 

@@ -95,6 +95,31 @@ def test_a_small_cache_keeps_what_is_used_again(tmp_path: Path) -> None:
     assert {record["blocks"] for record in read_results([path])} == {1_000, 5_000, 20_000}
 
 
+def test_tiers_have_the_same_requests(tmp_path: Path) -> None:
+    _trace(tmp_path)
+    path = tmp_path / "out.jsonl"
+    flags = ["--parts", "tiers", "--traces", str(tmp_path), "--share", "1", "--host-gib", "4"]
+    assert prefix.main([*flags, "--output", str(path)]) == 0
+    values = _values(path)
+    name = "mooncake_conversation"
+    cases = ("one-tier", "one-tier-keeping", "two-tiers", "two-tiers-preloading")
+    shares = [values[f"{name}-{case}", "hit_share"] for case in cases]
+    assert shares == [pytest.approx(3456 / 5900, abs=1e-4)] * 4, "they fit on the device"
+    assert values[f"{name}-two-tiers", "host_hit_share"] == 0.0
+    assert (f"{name}-one-tier", "host_saved_bytes") not in values
+
+
+def test_conversations_are_taken_whole() -> None:
+    def row(time: float, *blocks: int) -> TraceRequest:
+        return TraceRequest(time, 512 * len(blocks), 1, block_hashes=blocks)
+
+    first, second, third = row(0.0, 1, 2), row(1.0, 1, 5), row(2.0, 1, 7)
+    trace = [first, second, third, row(3.0, 1, 5, 6), row(4.0, 1, 2, 3), row(5.0, 1, 5, 6, 9)]
+    assert prefix.some_conversations(trace, 1, 10_000) == trace
+    assert [r.arrival_s for r in prefix.some_conversations(trace, 2, 10_000)] == [0.0, 2.0, 4.0]
+    assert [r.arrival_s for r in prefix.some_conversations(trace, 1, 1100)] == [0.0, 1.0, 2.0]
+
+
 @pytest.mark.parametrize("flags", [["--parts", "ttft,all"], ["--trace-page-size", "48"]])
 def test_what_cannot_be_measured_is_refused(flags: list[str]) -> None:
     with pytest.raises(SystemExit):
