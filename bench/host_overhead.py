@@ -95,6 +95,7 @@ class Bench:
             watermark_pages=0,
             max_queued_requests=running,
             prefix_caching=True,
+            prefix_preloading=True,
         )
         self._costs = CostModel(UnknownDevice())
         self.scheduler = assemble(assembly, self._costs)

@@ -28,8 +28,8 @@ used (``lru``) or the least valuable (``value``).
 without host memory, with ``--host-gib`` of it, and both with keeping and preloading.
 
 - ``hit_share``, and of it ``host_hit_share``, which was on the host and was loaded; of the prompt tokens;
-- ``host_saved_bytes`` went there; ``host_loaded_bytes`` came back, ``host_wasted_bytes`` were given up there or
-  computed again; ``preloaded_bytes`` came back in advance, and were ``useful`` or ``wasted``.
+- ``host_saved_bytes`` went there; ``host_loaded_bytes`` came back, ``host_wasted_bytes`` were given up there
+  or computed again; ``preloaded_bytes`` came back in advance, and were ``useful`` or ``wasted``.
 """
 
 from __future__ import annotations

@@ -88,7 +88,8 @@ class CacheConfig:
         True, "keep the pages of finished requests, and share them with requests that begin alike"
     )
     enable_prefix_preloading: bool = _option(
-        False, "keep what conversations leave, and load it from the host, for as long as the next turn is likely"
+        False,
+        "keep what conversations leave, and load it from the host, for as long as the next turn is likely",
     )
 
 

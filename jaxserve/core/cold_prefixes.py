@@ -1,11 +1,11 @@
 """The host tier of the prefix cache: where pages go that the device has no room for, and how they come back.
 
-    on the device --demote--> on the host --begin--> loading: has KV pages, nobody may read them --land--> on the
-                              (evicted by value)     (locked by the load)                                  device
+    on the device --demote--> on the host --begin--> loading: has KV pages, nobody reads them --land-->
+                              (evicted by value)     (locked by the load)                    on the device
 
-A load belongs to the tree and not to whoever asked for it: requests whose path it is on wait for it, others run,
-and it ends though they leave. Copies are those of `jaxserve.core.swap`: nothing waits for them, and blocks are
-copied as a whole.
+A load belongs to the tree and not to whoever asked for it: requests whose path it is on wait for it, others
+run, and it ends though they leave. Copies are those of `jaxserve.core.swap`: nothing waits for them, and
+blocks are copied as a whole.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ class ColdPrefixes:
         return self.load_s(num_pages) < compute_s
 
     def begin(self, nodes: list[Node], pages: list[int], *, is_preload: bool) -> PrefixLoad:
-        """Begins to bring nodes of one path, top first, into KV pages. The caller holds the path for the load."""
+        """Begins to bring nodes of one path, top first, into KV pages; the caller holds it for the load."""
         places = [place for node in nodes for place in node.pages]
         load = PrefixLoad(nodes[-1], places, deque(self._pieces(places, pages)))
         self._tree.bring_near(nodes, pages, load)
@@ -223,7 +223,8 @@ class ColdPrefixes:
         """Requests whose prefix is complete from this plan on, with their counts of computed tokens.
 
         Args:
-            waits_for_nothing_else: complete that of the first although not all has arrived: the step will wait.
+            waits_for_nothing_else: complete that of the first although not all of it has arrived: the step
+                will wait.
         """
         self._land([number for number in self._copying if self._copies.has_arrived(number)])
         if waits_for_nothing_else and self._waiting and not self._ready():

@@ -15,10 +15,10 @@ from jaxserve.core.radix_node import Node
 class LeafQueue:
     """Says whose pages go next.
 
-    A node has one entry at most. Entries are looked at when they come up: one whose node has been locked, taken
-    out or given to the other tier is dropped; that node is offered again when it is a free leaf. Values only
-    grow (but for a node that is joined with its parent), so an entry that is out of date comes too early and is
-    put back.
+    A node has one entry at most. Entries are looked at when they come up: one whose node has been locked,
+    taken out or given to the other tier is dropped; that node is offered again when it is a free leaf. Values
+    only grow (but for a node that is joined with its parent), so an entry that is out of date comes too early
+    and is put back.
 
     Args:
         numbers: of entries; shared by the queues of a tree.

@@ -261,7 +261,7 @@ class PrefixCache:
             self._preloading.ended(request, path.node, now)
 
     def allocate(self, num_pages: int) -> list[int]:
-        """Takes free pages, and evicts where there are too few. The caller has checked that there are enough."""
+        """Takes free pages, and evicts where there are too few; the caller has checked that it can."""
         self._make_room(num_pages)
         return self._pool.allocate(num_pages)
 
@@ -337,7 +337,9 @@ class PrefixCache:
     def check_integrity(self) -> None:
         """Raises RuntimeError unless locks are those of the paths, and what can be evicted is nobody's."""
         self._tree.check_integrity()
-        if any(path.claim is not None and path.claim not in path.node.claims for path in self._paths.values()):
+        if any(
+            path.claim is not None and path.claim not in path.node.claims for path in self._paths.values()
+        ):
             raise RuntimeError("a claim is lost")
         ends = [path.node for path in self._paths.values()]
         locks: Counter[Node] = Counter()
@@ -349,7 +351,11 @@ class PrefixCache:
         for node in self._tree.nodes():
             if node.num_locks != locks[node]:
                 raise RuntimeError(f"{node.num_locks} locks on {node.pages}, {locks[node]} paths through it")
-            if not node.num_locks and not node.on_host and any(self._pool.ref_count(page) != 1 for page in node.pages):
+            if (
+                not node.num_locks
+                and not node.on_host
+                and any(self._pool.ref_count(page) != 1 for page in node.pages)
+            ):
                 raise RuntimeError(f"a request holds pages of {node.pages} without a lock")
 
     def _insert_computed(self, request: Request, path: _Path, now: float) -> None:

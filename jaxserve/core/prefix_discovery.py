@@ -1,8 +1,8 @@
 """Shared prefixes, found by what the tree knows of them: who is used often, by many different continuations.
 
-A node with at least four different children and six hits a minute is *promoted*: others leave the device before
-it does. Hits are counted with exp(-age / horizon), so a node is promoted once they have lasted for a while, and
-it is no longer when they would have faded below that rate.
+A node with at least four different children and six hits a minute is *promoted*: others leave the device
+before it does. Hits are counted with exp(-age / horizon), so a node is promoted once they have lasted for a
+while, and it is no longer when they would have faded below that rate.
 """
 
 from __future__ import annotations

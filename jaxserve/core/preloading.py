@@ -5,8 +5,9 @@ would. Later, if they have gone to the host, they are brought back once
 
     P(next turn within dt) x seconds to compute them > seconds to load them x pressure
 
-where pressure is 1 / share of the pages that no running request holds, and in place of others only if these are
-worth less. dt reaches to the end of the next bin of `jaxserve.core.return_times`; for so long they are kept then.
+where pressure is 1 / share of the pages that no running request holds, and in place of others only if these
+are worth less. dt reaches to the end of the next bin of `jaxserve.core.return_times`; for so long they are
+kept then.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Loader(Protocol):
         ...
 
     def preload(self, nodes: list[Node], below: float) -> bool:
-        """Begins to load nodes of one path, in place of pages that are worth less; False if there is no room."""
+        """Begins to load nodes of one path, in place of what is worth less; False if there is no room."""
         ...
 
 

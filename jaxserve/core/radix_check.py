@@ -21,7 +21,7 @@ class TreeCounts(NamedTuple):
 def check_nodes(
     nodes: Iterable[Node], page_bytes: int, counts: TreeCounts, queues: tuple[LeafQueue, LeafQueue]
 ) -> None:
-    """Raises RuntimeError unless counts, locks, links, tiers and queues (device, host) agree with the nodes."""
+    """Raises RuntimeError unless counts, locks, links, tiers and queues (device, host) agree with nodes."""
     near, far = ({id(node) for node in queue.entries()} for queue in queues)
     num_nodes = num_pages = num_evictable = num_host_pages = 0
     for node in nodes:

@@ -1,8 +1,8 @@
-"""After how long the next turn of a conversation comes: a life table over all conversations, and one's own gaps.
+"""After how long the next turn of a conversation comes: a life table of all of them, and one's own gaps.
 
 Bins of time since the end of a turn grow by the square root of two. Each bin counts the turns that were still
-awaited when it began, and those that came in it; those that are still awaited count as well, so that nobody who
-never comes back makes the others look sooner than they are.
+awaited when it began, and those that came in it; those that are still awaited count as well, so that nobody
+who never comes back makes the others look sooner than they are.
 """
 
 from __future__ import annotations

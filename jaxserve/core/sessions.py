@@ -50,8 +50,8 @@ class Sessions:
         """Looks whether a request that was admitted is somebody's next turn.
 
         Args:
-            node: where the path ends that it found. An edge is cut there; if one end of it was left by a turn,
-                that turn's last page was not full, or its answer was written differently.
+            node: where the path ends that it found. An edge may have been cut there: then the last page of
+                the turn before was not full, or its answer was written differently.
         """
         at = node
         if at.parent is None:

@@ -95,7 +95,8 @@ class SwapSpace:
     def save(self, request: Request, now: float) -> None:
         """Copies the pages of a request that is being preempted, if that is cheaper than computing them.
 
-        Call it while it still owns them. Those of a prompt that is in part computed, or loaded, are not worth it.
+        Call it while it still owns them. Those of a prompt that is in part computed, or loaded, are not worth
+        it.
         """
         if request in self._saved:  # it was preempted while it loaded
             self._cancel(request)

@@ -28,8 +28,9 @@ _PINNED = "pinned_host"
 
 @final
 class PageSwapper:
-    """The copies of `jaxserve.core.host_traffic`, compiled when it is made. A save waits for the oldest one where
-    too many are on their way.
+    """The copies of `jaxserve.core.host_traffic`, compiled when it is made.
+
+    A save waits for the oldest one where too many are on their way.
 
     Args:
         caches: whose pages these are; not kept.

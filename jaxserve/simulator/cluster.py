@@ -49,12 +49,15 @@ class ClusterConfig:
     row_buckets: tuple[int, ...] | None = _option(None, "row counts compiled for pure decode steps")
     token_buckets: tuple[int, ...] | None = _option(None, "token counts compiled for steps with prefill")
     watermark: float = _option(0.01, "share of the pages that admission leaves to running requests")
-    host_kv_bytes: int = _option(0, "bytes of host memory for KV pages of preempted requests and cold prefixes, an engine")
+    host_kv_bytes: int = _option(
+        0, "bytes of host memory for KV pages of preempted requests and cold prefixes, an engine"
+    )
     enable_prefix_caching: bool = _option(
         True, "keep the pages of finished requests; hits need a trace with block hashes"
     )
     enable_prefix_preloading: bool = _option(
-        False, "keep what conversations leave, and load it from the host, for as long as the next turn is likely"
+        False,
+        "keep what conversations leave, and load it from the host, for as long as the next turn is likely",
     )
 
 

@@ -38,9 +38,15 @@ class TickingClock(ManualClock):
 
 def two_tiers(**options: Any) -> tuple[EngineCore[object], FakeExecutor]:
     """A device of 16 pages."""
-    small: dict[str, Any] = {"num_slots": 4, "clock": TickingClock(), "num_pages": 17, "page_size": PAGE, "watermark_pages": 0}
-    small["token_budget"] = 64
-    return make_core(**small | {"host": tier()} | options)
+    small: dict[str, Any] = {
+        "num_slots": 4,
+        "clock": TickingClock(),
+        "num_pages": 17,
+        "page_size": PAGE,
+        "watermark_pages": 0,
+    }
+    small |= {"token_budget": 64, "host": tier()}
+    return make_core(**small | options)
 
 
 def prompt(*parts: int) -> list[int]:
@@ -108,7 +114,7 @@ def test_without_a_tier_or_with_a_slow_one_it_is_computed_again() -> None:
 
 
 def test_a_slower_link_moves_the_decision() -> None:
-    """Saved over a fast link; when it has become slow, computing is sooner done, and replaces what was there."""
+    """Saved over a fast link; when it has become slow, computing is sooner done, and replaces it."""
     core, fake = two_tiers()
     ask(core, "a", prompt(1, 2, 3, 4, 5, 6))
     push_out(core)
@@ -242,7 +248,7 @@ def test_random_conversations_leak_nothing_on_two_tiers(
     rng, clock = random.Random(seed), ManualClock()
     fake = FakeExecutor(4, PAGE, bad_requests=frozenset({"r5", "r11"}), load_steps=load_steps)
     core, _ = make_core(
-        num_slots=4, num_pages=num_pages, page_size=PAGE, pipeline_depth=depth, batching=batching, clock=clock,
+        num_slots=4, num_pages=num_pages, pipeline_depth=depth, batching=batching, clock=clock,
         ordering=ordering, executor=fake, max_wait_s=0.3, batch_window_s=0.02, max_decode_steps=decode_steps,
         host=tier(blocks, speed), watermark_pages=0, victim="value",
     )  # fmt: skip
@@ -290,7 +296,9 @@ def test_random_conversations_leak_nothing_on_two_tiers(
     assert not core.has_work, f"somebody starves: {core.scheduler.stats()}"
     for request in requests:
         if request.finish_reason is not FinishReason.ERROR:
-            want = expected_tokens(list(request.prompt_token_ids), request.seed, len(request.output_token_ids))
+            want = expected_tokens(
+                list(request.prompt_token_ids), request.seed, len(request.output_token_ids)
+            )
             assert request.output_token_ids == want
     host = host_stats(core)
     assert core.scheduler.swap_stats().num_used_blocks == 0

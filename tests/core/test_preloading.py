@@ -81,7 +81,8 @@ class Service:
         self.rng = random.Random(3)
         self.core: EngineCore[Any]
         small: dict[str, Any] = {"num_pages": 33, "page_size": PAGE, "watermark_pages": 0, "token_budget": 64}
-        self.core, self.fake = make_core(**small | {"host": TIER, "clock": self.clock} | options)
+        small |= {"host": TIER, "clock": self.clock}
+        self.core, self.fake = make_core(**small | options)
         self.count = 0
 
     def ask(self, tokens: list[int], max_tokens: int = 4) -> Request:

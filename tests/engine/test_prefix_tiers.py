@@ -11,6 +11,7 @@ import pytest
 
 from jaxserve import LLM, SamplingParams
 from jaxserve.config import EngineConfig
+from jaxserve.core.resume_costs import NO_HOST
 from jaxserve.engine.build import load_model, make_core, make_engine, make_runner
 from jaxserve.engine.journals import Journals
 from jaxserve.engine.recording import read_recording
@@ -72,8 +73,8 @@ def test_tokens_are_the_same_on_no_tier_one_and_two(checkpoint: Path, dtype: str
                 config.cache, enable_prefix_caching=tiers > 0, enable_prefix_preloading=preloads
             ),
         )
-        host = {"host": runner.host_tier} if tiers == 2 else {}
-        core = make_core(mine, resolved, runner, runner.prepare, journals=journals, **host)
+        host = runner.host_tier if tiers == 2 else NO_HOST
+        core = make_core(mine, resolved, runner, runner.prepare, journals=journals, host=host)
         return LLM.from_engine(make_engine(mine, model, resolved, runner, core))
 
     with engine(1, tiers=0) as llm:
