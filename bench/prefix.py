@@ -329,6 +329,10 @@ def measure_two_tiers(args: argparse.Namespace) -> None:
     results = Results("prefix", f"simulated, {host_device()}", args.output)
     for name, trace in _traces(args):
         chosen = some_conversations(trace, args.share, args.longest)
+        found = trie_hit_tokens(chosen, args.trace_page_size)
+        share = found / sum(row.prompt_tokens for row in chosen)
+        where = {"requests": len(chosen), "page_size": args.trace_page_size, "share": args.share}
+        results.add(f"{name}-unlimited", "trie_hit_share", share, "share", **where)
         measure_tiers(
             results, name, chosen, page_size=args.trace_page_size, host_gib=args.host_gib, share=args.share
         )

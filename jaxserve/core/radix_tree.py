@@ -307,7 +307,6 @@ class RadixTree:
 
         What is kept for longer than ``now`` stays.
         """
-        self.version += 1
         freed: list[int] = []
         while len(freed) < num_pages and (node := self._near.pop(now, takes_kept=False)):
             moved = self._demote_tail(node, num_pages - len(freed), demote)
@@ -326,6 +325,7 @@ class RadixTree:
 
     def _demote(self, node: Node, places: list[int]) -> list[int]:
         """Gives the last pages of a free leaf places on the host; returns the pages."""
+        self.version += 1
         count = len(places)
         if count < len(node.pages):
             self._split(node, len(node.pages) - count)
