@@ -302,7 +302,7 @@ def test_a_hundred_thousand_random_operations_on_two_tiers_keep_locked_pages() -
     """Requests that compute or load, loads that outlive them, evictions of both tiers, and what must stay."""
     rng = random.Random(6)
     tree = RadixTree(PAGE, lambda context: 1.0 + context, block_pages=4)
-    host = Host(tree, rng, 120)
+    host = Host(tree, rng, 300)
     paths: list[Node] = []
     loads: list[PrefixLoad] = []
     held: Counter[int] = Counter()  # page -> locks
@@ -311,7 +311,7 @@ def test_a_hundred_thousand_random_operations_on_two_tiers_keep_locked_pages() -
     for step in range(100_000):
         action, now = rng.random(), 0.01 * step
         if action < 0.45:
-            tokens = [rng.randrange(3) for _ in range(PAGE * rng.randint(1, 10))]
+            tokens = [rng.choice((0, 0, 0, 1)) for _ in range(PAGE * rng.randint(1, 10))]
             match = tree.match("", tokens, len(tokens) // PAGE)
             node = tree.lock(match, now)
             if match.host is not None and rng.random() < 0.5:
@@ -356,7 +356,7 @@ def test_a_hundred_thousand_random_operations_on_two_tiers_keep_locked_pages() -
     locked = sum(1 for count in held.values() if count)
     assert tree.num_evictable == tree.num_pages - locked
     assert tree.num_host_pages + sum(len(load.places) for load in loads) == len(host.held)
-    assert min(moved["loaded"], moved["taken"], moved["evicted"]) > 5000, moved
+    assert min(moved.values()) > 5000, moved
 
 
 def test_a_tail_that_goes_to_the_host_in_parts_stays_one_edge() -> None:
