@@ -310,8 +310,8 @@ def test_a_hundred_thousand_random_operations_on_two_tiers_keep_locked_pages() -
     next_page = 1
     for step in range(100_000):
         action, now = rng.random(), 0.01 * step
-        if action < 0.45:
-            tokens = [rng.choice((0, 0, 0, 1)) for _ in range(PAGE * rng.randint(1, 10))]
+        if action < 0.38:
+            tokens = [rng.choice((0, 0, 0, 0, 0, 1)) for _ in range(PAGE * rng.randint(1, 10))]
             match = tree.match("", tokens, len(tokens) // PAGE)
             node = tree.lock(match, now)
             if match.host is not None and rng.random() < 0.5:
