@@ -84,7 +84,7 @@ class ColdPrefixes:
         self._saving_until = 0.0  # when the copies to the host are done, if they go as fast as they should
         self._loads: list[PrefixLoad] = []
         self._copying: dict[int, tuple[PrefixLoad, int]] = {}  # number of a copy -> (its load, blocks)
-        self._landed: list[Node] = []  # ends of loads that are done; locked until a plan has landed them
+        self._landed: list[PrefixLoad] = []  # done, but no plan has run yet that lands them
         self._waiting: dict[Request, tuple[list[PrefixLoad], int]] = {}  # for what, and tokens it has then
         self._saved = self._loaded = self._wasted = 0  # pages
         self._preloaded = self._preload_useful = 0
@@ -96,8 +96,11 @@ class ColdPrefixes:
         """Places on the host for the last pages of a leaf, which are copied there; None if not worth it.
 
         It is if loading is cheaper than computing, and if there is room among what is worth less. So many
-        pages at most that the link keeps up; the last ones then.
+        pages at most that the link keeps up; the last ones then. A plan saves before it lands, so pages that
+        the next plan lands cannot be saved.
         """
+        if node.load is not None and not node.load.is_planned:
+            return None
         size = self._block_pages
         num_blocks = min(-(-count // size), self._link_blocks())
         count = min(count, num_blocks * size)
@@ -237,6 +240,12 @@ class ColdPrefixes:
             request.num_computed_tokens = self._waiting.pop(request)[1]
         return ready
 
+    def land_all(self) -> None:
+        """Completes every load, arrived or not: nobody can run while they hold their pages."""
+        for load in list(self._loads):
+            self._issue(at_once=load)
+            self._land(list(load.in_air))
+
     def _ready(self) -> list[Request]:
         return [r for r, (loads, _) in self._waiting.items() if all(load.is_done for load in loads)]
 
@@ -248,14 +257,15 @@ class ColdPrefixes:
             if load.is_done:
                 self._loads.remove(load)
                 self._blocks.release_landed(self._blocks_of(load.places))
-                self._landed.append(load.end)
+                self._landed.append(load)
+                self._tree.unlock(load.end)
 
     def begin_plan(self, now: float) -> None:
-        """Lets go of what the plans before this one have landed."""
+        """Takes note of what the plans before this one have landed."""
         self._now = now
         if self._landed and not self._copies.has_landings:
-            for node in self._landed:
-                self._tree.unlock(node)
+            for load in self._landed:
+                load.is_planned = True
             self._landed.clear()
 
     def used(self, node: Node) -> None:
@@ -282,4 +292,4 @@ class ColdPrefixes:
 
     def held(self) -> list[Node]:
         """The ends of the paths that loads hold."""
-        return [load.end for load in self._loads] + self._landed
+        return [load.end for load in self._loads]

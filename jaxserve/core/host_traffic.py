@@ -44,7 +44,8 @@ class HostTraffic:
     @property
     def has_loads(self) -> bool:
         """Whether anything is on its way to the device, for a request or in advance."""
-        return self.swap.num_loading > 0 or (self._cold is not None and self._cold.num_loads > 0)
+        cold = self._cold
+        return self.swap.num_loading > 0 or (cold is not None and cold.num_loads + cold.num_waiting > 0)
 
     def is_loading(self, request: Request) -> bool:
         """Whether a request must not compute yet."""
@@ -71,6 +72,11 @@ class HostTraffic:
             ready = [request for request in landed if not self.swap.is_loading(request)]
         may_wait = waits_for_nothing_else and not ready
         return ready + self.swap.land(self.waits_for_prefix, waits_for_nothing_else=may_wait)
+
+    def land_all(self) -> None:
+        """Completes what is loaded for nobody who runs: those who wait may need its pages."""
+        if self._cold is not None:
+            self._cold.land_all()
 
     def take_copies(self, draft: Draft) -> None:
         """Puts the copies that were asked for into a plan that will run."""

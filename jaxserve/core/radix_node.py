@@ -111,12 +111,14 @@ class PrefixLoad:
         places: on the host, of all of them; free when the load is done.
         pieces: blocks and pages of the copies that have not begun.
         in_air: numbers of those that have.
+        is_planned: a plan has run that put the last of them into the pages.
     """
 
     end: Node
     places: list[int]
     pieces: deque[tuple[tuple[int, ...], tuple[int, ...]]]
     in_air: set[int] = dataclasses.field(default_factory=set[int])
+    is_planned: bool = False
 
     @property
     def is_done(self) -> bool:

@@ -199,6 +199,8 @@ class Scheduler:
             self._look_ahead(draft)
         self._page_ends = draft.page_ends
         if not draft.owners:
+            if not self._in_flight:
+                self._host.land_all()
             return None
         self._host.take_copies(draft)
         plan = draft.finish(self._step, self._ladder, len(self._held))
