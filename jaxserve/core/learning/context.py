@@ -72,7 +72,7 @@ class Load(NamedTuple):
         requests_s, prompt_tokens_s: arriving in a second.
         prompt_tokens, prompt_squares: means of a prompt's length and of its square.
         long_prompt: the 99th percentile.
-        output_tokens, median_output: mean and median.
+        output_tokens, short_output: mean and lower quartile.
     """
 
     requests_s: float
@@ -81,7 +81,16 @@ class Load(NamedTuple):
     prompt_squares: float
     long_prompt: float
     output_tokens: float
-    median_output: float
+    short_output: float
+
+
+def quantile(values: npt.ArrayLike, share: float) -> float:
+    """As `numpy.quantile`, in a tenth of its time; of one axis, not empty."""
+    ordered = np.sort(np.asarray(values, np.float64))
+    place = share * (len(ordered) - 1)
+    below = int(place)
+    above = min(below + 1, len(ordered) - 1)
+    return float(ordered[below] + (place - below) * (ordered[above] - ordered[below]))
 
 
 class _Fading:
@@ -133,7 +142,8 @@ class ContextTracker:
         """The context now, from these two and what was told."""
         arrivals, ends = self._arrivals.at(now), self._ends.at(now)
         # At first there has been less time than would fade.
-        seen_s = _MEMORY_S * (1.0 - math.exp(-(now - (now if self._start is None else self._start)) / _MEMORY_S))
+        since = now if self._start is None else self._start
+        seen_s = _MEMORY_S * (1.0 - math.exp(-(now - since) / _MEMORY_S))
         return Context(
             arrivals_s=arrivals / seen_s if seen_s > 0.0 else 0.0,
             prompt_tokens=self._prompts.at(now) / arrivals if arrivals > 0.0 else 0.0,
@@ -157,13 +167,13 @@ class ContextTracker:
                 counts[number - first], tokens[number - first] = count, prompt_tokens
         prompts, outputs = np.array(self._prompt_lengths, np.float64), np.array(self._output_lengths)
         return Load(
-            requests_s=float(np.quantile(counts, LOAD_QUANTILE)) / _BIN_S,
-            prompt_tokens_s=float(np.quantile(tokens, LOAD_QUANTILE)) / _BIN_S,
+            requests_s=quantile(counts, LOAD_QUANTILE) / _BIN_S,
+            prompt_tokens_s=quantile(tokens, LOAD_QUANTILE) / _BIN_S,
             prompt_tokens=float(prompts.mean()),
             prompt_squares=float((prompts**2).mean()),
-            long_prompt=float(np.quantile(prompts, 0.99)),
+            long_prompt=quantile(prompts, 0.99),
             output_tokens=float(outputs.mean()),
-            median_output=float(np.median(outputs)),
+            short_output=quantile(outputs, 0.25),
         )
 
     @staticmethod

@@ -17,8 +17,8 @@ class EnergyMeter(Protocol):
         """``measured`` or ``modelled``."""
         ...
 
-    def stepped(self, features: StepFeatures, decode_steps: int, seconds: float) -> None:
-        """A step is done: its (mean decode step's) features, how many decode steps it had, its time."""
+    def stepped(self, features: StepFeatures, decode_steps: int) -> None:
+        """A step is done: its (mean decode step's) features, and how many decode steps it had."""
         ...
 
     def joules(self, now: float) -> float:
@@ -54,7 +54,7 @@ class ModelledEnergy:
         self._start = start
         self._work_j = 0.0
 
-    def stepped(self, features: StepFeatures, decode_steps: int, seconds: float) -> None:
+    def stepped(self, features: StepFeatures, decode_steps: int) -> None:
         memory_s, compute_s = self._roofline.least_seconds(features.tokens, features)
         work_j = self._power.memory_w * memory_s + self._power.compute_w * compute_s
         self._work_j += self._roofline.num_devices * decode_steps * work_j

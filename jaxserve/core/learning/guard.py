@@ -34,7 +34,7 @@ class Guard:
     A fluid model. With n decodes a step that has none of a prompt takes D(n), a full one F(n). Of each step's
     time, arriving prompts need the share f = prompt tokens that arrive meanwhile / (budget - n) of full
     steps, so that a step takes D + f (F - D) on average; n follows by Little's law. Time between tokens: that
-    mean, and how much it varies over a request of the median length. First token: an M/G/1 queue of prompts,
+    mean, and how much it varies over a short request. First token: an M/G/1 queue of prompts,
     served at F / (budget - n) a token, its wait taken for exponential; and the steps of a long prompt. The
     ordering of the queue is not in it: what that does to the tail is left to what is measured.
 
@@ -86,7 +86,7 @@ class Guard:
             if abs(step_s - before) <= _CLOSE * step_s:
                 break
         full_share = min(1.0, load.prompt_tokens_s * step_s / (budget - rows))
-        deviation = math.sqrt(full_share * (1.0 - full_share) / max(load.median_output - 1.0, 1.0))
+        deviation = math.sqrt(full_share * (1.0 - full_share) / max(load.short_output - 1.0, 1.0))
         tpot_s = min(full_s, step_s + _P99_Z * deviation * (full_s - decode_s))
         return Forecast(self._ttft_s(budget - rows, step_s, full_s, load), tpot_s)
 

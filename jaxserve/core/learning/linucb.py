@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple, final
 
@@ -56,22 +55,27 @@ class LinUCB:
         for arm, prior in enumerate(priors):
             if prior is not None:
                 self._gram[arm], self._moment[arm] = prior
-        self._window: deque[tuple[int, Float64Array, float]] = deque(maxlen=WINDOW)
+        self._arms = np.full(WINDOW, -1)  # played in each epoch of the window, in a ring
+        self._squares = np.zeros((WINDOW, num_features * num_features))
+        self._rewarded = np.zeros((WINDOW, num_features))
+        self._next = 0
+        self._sums: tuple[Float64Array, Float64Array] | None = None  # until the next epoch
 
     def learn(self, arm: int, features: Float64Array, reward: float) -> None:
         """Adds an epoch."""
-        self._window.append((arm, features, reward))
+        self._arms[self._next] = arm
+        self._squares[self._next] = np.outer(features, features).ravel()
+        self._rewarded[self._next] = reward * features
+        self._next = (self._next + 1) % WINDOW
+        self._sums = None
 
     def estimates(self, features: Float64Array) -> Estimates:
         """Of all arms in a context, [features]."""
-        gram, moment = self._gram, self._moment
-        if self._window:
-            arms, rows, rewards = zip(*self._window, strict=True)
-            contexts = np.stack(rows)
-            is_of = (np.array(arms) == np.arange(self._num_arms)[:, None]).astype(np.float64)
-            squares = (contexts[:, :, None] * contexts[:, None, :]).reshape(len(rows), -1)
-            gram = gram + (is_of @ squares).reshape(gram.shape)
-            moment = moment + is_of @ (contexts * np.array(rewards)[:, None])
+        if self._sums is None:
+            is_of = (self._arms == np.arange(self._num_arms)[:, None]).astype(np.float64)
+            squares = (is_of @ self._squares).reshape(self._gram.shape)
+            self._sums = self._gram + squares, self._moment + is_of @ self._rewarded
+        gram, moment = self._sums
         plays = gram[:, 0, 0]
         mean = float(moment[:, 0].sum() / max(plays.sum(), 1e-9))
         inverse = np.linalg.inv(gram + np.eye(self._num_features))

@@ -15,6 +15,7 @@ class EpochMeasures(NamedTuple):
     Attributes:
         seconds: that it took.
         num_arrived, num_finished: requests.
+        num_unserved: by which the queue grew.
         num_counted: of those finished, those that began while the arm was in force already.
         num_good: of those counted, those within both objectives.
         ttft_p99_s, tpot_p99_s: of those counted; 0 for none.
@@ -25,6 +26,7 @@ class EpochMeasures(NamedTuple):
     seconds: float
     num_arrived: int
     num_finished: int
+    num_unserved: int
     num_counted: int
     num_good: int
     ttft_p99_s: float
@@ -56,16 +58,16 @@ class Objectives:
         return ttft_s <= self.ttft_slo_s and tpot_s <= self.tpot_slo_s
 
     def reward(self, measures: EpochMeasures, usual_joules_per_token: float | None) -> float:
-        """Goodput over what arrived, less the weighted excess of both 99th percentiles and the energy.
+        """Goodput over what could be, less the weighted excess of both 99th percentiles and the energy.
 
-        Goodput is the share of requests within both objectives, times finished over arrived requests where
-        fewer finish than arrive. An excess counts up to the objective itself.
+        Goodput over its reference: the share of requests within both objectives, those by which the queue grew
+        counted as outside. An excess counts up to the objective itself.
 
         Args:
             usual_joules_per_token: energy is measured against it; None leaves it out.
         """
         attained = measures.num_good / max(measures.num_counted, 1)
-        served = min(1.0, measures.num_finished / max(measures.num_arrived, 1))
+        served = measures.num_finished / max(measures.num_finished + measures.num_unserved, 1)
         reward = attained * served
         reward -= self.ttft_weight * _excess(measures.ttft_p99_s, self.ttft_slo_s)
         reward -= self.tpot_weight * _excess(measures.tpot_p99_s, self.tpot_slo_s)

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxserve.core.cost_model import StepFeatures
 from jaxserve.core.learning.arms import Arm
-from jaxserve.core.learning.context import FEATURES, ContextTracker, Float64Array
+from jaxserve.core.learning.context import FEATURES, ContextTracker, Float64Array, quantile
 from jaxserve.core.learning.decider import DEFAULT, Decider, Decision
 from jaxserve.core.learning.energy import EnergyMeter
 from jaxserve.core.learning.guard import Forecast, Guard
@@ -86,6 +86,7 @@ class Tuner:
         self._features: Float64Array | None = None  # by which the current arm was chosen
         self._arm_since = -math.inf
         self._epoch: _Epoch | None = None
+        self._num_waiting = 0  # at the start of the epoch
         self._joules = _Mean()
         self._counts: Counter[str] = Counter()
         self._plays: Counter[int] = Counter()
@@ -103,10 +104,10 @@ class Tuner:
         self._tracker.arrived(request.num_prompt_tokens, request.priority, now)
         self._running_epoch(now).num_arrived += 1
 
-    def stepped(self, features: StepFeatures, decode_steps: int, seconds: float) -> None:
+    def stepped(self, features: StepFeatures, decode_steps: int) -> None:
         """A step's result came."""
         if self._meter is not None:
-            self._meter.stepped(features, decode_steps, seconds)
+            self._meter.stepped(features, decode_steps)
 
     def finished(self, request: Request, now: float) -> None:
         """A request ended; those that the caller gave up, and errors, say nothing about an arm."""
@@ -147,7 +148,9 @@ class Tuner:
     def choose(self, now: float, queue: QueueState) -> Arm:
         """Ends the epoch: learns from it, and returns the arm of the next."""
         epoch, played = self._running_epoch(now), self._current
-        measures = epoch.measures(now, None if self._meter is None else self._meter.joules(now))
+        joules = None if self._meter is None else self._meter.joules(now)
+        measures = epoch.measures(now, joules, num_unserved=max(0, queue.num_waiting - self._num_waiting))
+        self._num_waiting = queue.num_waiting
         reward = self._objectives.reward(measures, self._joules.value)
         learns = not self._options.is_frozen and measures.num_counted >= FEWEST_COUNTED
         learns = learns and self._features is not None
@@ -258,15 +261,16 @@ class _Epoch:
         self.tpot_s.append(tpot_s)
         self.num_good += is_good
 
-    def measures(self, now: float, joules: float | None) -> EpochMeasures:
+    def measures(self, now: float, joules: float | None, *, num_unserved: int) -> EpochMeasures:
         return EpochMeasures(
             seconds=now - self.start,
             num_arrived=self.num_arrived,
             num_finished=self.num_finished,
+            num_unserved=num_unserved,
             num_counted=len(self.ttft_s),
             num_good=self.num_good,
-            ttft_p99_s=_percentile_99(self.ttft_s),
-            tpot_p99_s=_percentile_99(self.tpot_s),
+            ttft_p99_s=quantile(self.ttft_s, 0.99) if self.ttft_s else 0.0,
+            tpot_p99_s=quantile(self.tpot_s, 0.99) if self.tpot_s else 0.0,
             output_tokens=self.output_tokens,
             joules=None if joules is None else joules - self.joules_at_start,
         )
@@ -285,10 +289,6 @@ class _Mean:
     def add(self, value: float | None) -> None:
         if value is not None:
             self._sum, self._count = self._sum + value, self._count + 1
-
-
-def _percentile_99(values: Sequence[float]) -> float:
-    return float(np.percentile(values, 99)) if values else 0.0
 
 
 def _finite(forecast: Forecast) -> list[float | None]:
