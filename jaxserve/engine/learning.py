@@ -79,8 +79,21 @@ class NvmlEnergy:
         return sum(self._nvml.nvmlDeviceGetTotalEnergyConsumption(handle) for handle in self._handles) / 1e3
 
 
+def _nvml_energy(indices: Sequence[int]) -> NvmlEnergy | None:
+    try:
+        nvml: Any = importlib.import_module("pynvml")
+    except ImportError:
+        _LOG.info("energy is not measured: pynvml is not installed")
+        return None
+    try:
+        return NvmlEnergy(nvml, indices)
+    except nvml.NVMLError as error:  # no driver, or an old device
+        _LOG.warning("energy is not measured: NVML says %s", error)
+        return None
+
+
 def make_meter(platform: str, indices: Sequence[int], prior: StepCost, start: float) -> EnergyMeter | None:
-    """NVML's counters on GPUs where ``pynvml`` is installed, else a model of a device that is known, else None.
+    """NVML's counters on GPUs where ``pynvml`` is installed, else a model of a known device, else None.
 
     Args:
         platform: its name.
@@ -89,10 +102,7 @@ def make_meter(platform: str, indices: Sequence[int], prior: StepCost, start: fl
         start: seconds on the engine's clock.
     """
     if platform == "gpu":
-        try:
-            return NvmlEnergy(importlib.import_module("pynvml"), indices)
-        except ImportError:
-            _LOG.info("energy is modelled: pynvml is not installed")
-        except Exception as error:  # NVML's own, which only that module names: no driver, an old device
-            _LOG.warning("energy is modelled: NVML says %s", error)
+        meter = _nvml_energy(indices)
+        if meter is not None:
+            return meter
     return modelled_energy(prior, start) if isinstance(prior, Roofline) else None

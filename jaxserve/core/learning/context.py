@@ -1,4 +1,4 @@
-"""What is known of the load when an epoch begins: the bandit's context, and the load that a guard must bear."""
+"""What is known of the load when an epoch begins: the bandit's context, and what a guard must bear."""
 
 from __future__ import annotations
 

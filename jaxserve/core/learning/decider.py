@@ -21,8 +21,8 @@ class Decision(NamedTuple):
     Attributes:
         arm: its index.
         propensity: the probability with which it was taken.
-        reason: ``best`` (highest mean and bonus), ``explored`` (by chance), ``rest`` (the default for a while,
-            after bad epochs), ``unsafe`` (no arm is known to be safe), ``frozen`` (highest mean).
+        reason: ``best`` (highest mean and bonus), ``explored`` (by chance), ``rest`` (the default for a
+            while, after bad epochs), ``unsafe`` (no arm is known to be safe), ``frozen`` (highest mean).
         means, bonuses: of all arms.
     """
 
@@ -38,7 +38,7 @@ class Decision(NamedTuple):
 
 @final
 class Decider:
-    """Says which arm is next. The same calls give the same decisions: a restart makes them again from its log.
+    """Says which arm is next. The same calls give the same decisions: a restart repeats them from its log.
 
     One choice in fifty is by chance among the safe arms, so that each of them has a propensity above 0 and
     logs can be evaluated off-policy. After two bad epochs in a row the default rests the engine for ten.

@@ -73,7 +73,8 @@ class Guard:
         """With a token budget, at a load."""
         context = load.prompt_tokens + load.output_tokens / 2
         most_rows = min(self._num_slots, self._num_cache_tokens / context)
-        step_s = self._decode_s(1.0, context)
+        step_s = decode_s = full_s = self._decode_s(1.0, context)
+        rows = 0.0
         for _ in range(_MOST_ROUNDS):
             rows = load.requests_s * load.output_tokens * step_s
             if rows > most_rows:

@@ -1,4 +1,4 @@
-"""LinUCB (Li et al., WWW 2010, algorithm 1) over a sliding window: a linear model of the reward for each arm."""
+"""LinUCB (Li et al., WWW 2010, algorithm 1) over a sliding window: a linear model of each arm's reward."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Estimates(NamedTuple):
 
 @final
 class LinUCB:
-    """``A = I + sum x x^T`` and ``b = sum r x`` over the last epochs, and the prior, which does not slide out.
+    """``A = I + sum x x^T`` and ``b = sum r x`` over the last epochs and the prior, which does not slide out.
 
     Rewards are centred on the mean of all: a ridge regression draws what it does not know towards 0, and an
     arm that nobody has played is then taken for an ordinary one and not for a worthless one. The first

@@ -63,12 +63,16 @@ def read_prior(path: Path, arms: Sequence[Arm]) -> list[ArmPrior | None]:
     priors = [known.get(arm) for arm in arms]
     if not any(prior is not None for prior in priors):
         names = ", ".join(arm.name for arm in known)
-        raise ConfigError(f"learning_prior {path}: has {names}; this engine's are {', '.join(a.name for a in arms)}")
+        raise ConfigError(
+            f"learning_prior {path}: has {names}; this engine's are {', '.join(a.name for a in arms)}"
+        )
     return priors
 
 
 def _matrix(values: object, num_axes: int) -> Float64Array:
     array = np.array(values, np.float64)
     if array.shape != (len(FEATURES),) * num_axes or not np.isfinite(array).all():
-        raise ValueError(f"an array of shape {array.shape} where [features]{' x [features]' * (num_axes - 1)} is due")
+        raise ValueError(
+            f"an array of shape {array.shape} where [features]{' x [features]' * (num_axes - 1)} is due"
+        )
     return array

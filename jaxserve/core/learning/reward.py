@@ -60,8 +60,8 @@ class Objectives:
     def reward(self, measures: EpochMeasures, usual_joules_per_token: float | None) -> float:
         """Goodput over what could be, less the weighted excess of both 99th percentiles and the energy.
 
-        Goodput over its reference: the share of requests within both objectives, those by which the queue grew
-        counted as outside. An excess counts up to the objective itself.
+        Goodput over its reference: the share of requests within both objectives, those by which the queue
+        grew counted as outside. An excess counts up to the objective itself.
 
         Args:
             usual_joules_per_token: energy is measured against it; None leaves it out.

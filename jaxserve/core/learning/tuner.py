@@ -1,4 +1,4 @@
-"""Online learning as the engine sees it: told of arrivals, steps and ends, it names an arm at an epoch's end."""
+"""Online learning as the engine sees it: told of arrivals, steps and ends, it names an arm every epoch."""
 
 from __future__ import annotations
 
@@ -188,9 +188,7 @@ class Tuner:
         is_bad, measures = False, EpochMeasures(**ended["measures"])
         if ended["learns"]:
             features = np.array(ended["played_features"])
-            is_bad = self._decider.learn(
-                ended["played"], features, ended["reward"], missed=ended["missed"]
-            )
+            is_bad = self._decider.learn(ended["played"], features, ended["reward"], missed=ended["missed"])
             self._joules.add(measures.joules_per_token)
         self._features = np.array(ended["features"])
         decision = self._decider.decide(self._features, ended["safe"], is_frozen=ended["frozen"])
