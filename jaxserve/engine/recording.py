@@ -15,7 +15,7 @@ they happened (``e`` is the kind, ``t`` seconds on the engine's clock):
   ``bad_rows`` the decode step and the row where logits were not finite; ``arrived`` the loads that had come.
 - ``predict``: a request had outgrown its prediction and got another.
 - ``refresh``: a look at a request's hidden state changed its prediction, behind the newest ``plan``.
-- ``arm``: another configuration (`jaxserve.core.learning.arms.Arm`) came in force, behind the newest ``plan``.
+- ``arm``: another configuration (a `learning.arms.Arm`) came in force, behind the newest ``plan``.
 """
 
 from __future__ import annotations

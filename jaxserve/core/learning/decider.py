@@ -11,7 +11,7 @@ from jaxserve.core.learning.linucb import ArmPrior, LinUCB
 
 DEFAULT: Final = 0  # index of the arm that the configuration says
 BAD_EPOCHS: Final = 2
-REST_EPOCHS: Final = 10
+REST_EPOCHS: Final = 5
 EXPLORATION: Final = 0.02
 
 
@@ -41,7 +41,7 @@ class Decider:
     """Says which arm is next. The same calls give the same decisions: a restart repeats them from its log.
 
     One choice in fifty is by chance among the safe arms, so that each of them has a propensity above 0 and
-    logs can be evaluated off-policy. After two bad epochs in a row the default rests the engine for ten.
+    logs can be evaluated off-policy. After two bad epochs in a row the default rests the engine for five.
 
     Args:
         num_arms: the first is the default.
