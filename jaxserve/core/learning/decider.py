@@ -65,12 +65,13 @@ class Decider:
     def learn(self, arm: int, features: Float64Array, reward: float, *, missed: bool) -> bool:
         """Takes in an epoch; returns whether it was bad.
 
-        Bad is one of another arm than the default that missed an objective, and was worth less than what the
-        default is expected to be worth then: where everybody misses, the default is no refuge.
+        Bad is one of another arm than the default that missed an objective, and was worth less than the
+        default would be at its lower bound: where everybody misses, the default is no refuge.
         """
         estimates = self._bandit.estimates(features)
         is_known = estimates.plays[DEFAULT] > 0
-        is_bad = missed and arm != DEFAULT and not (is_known and reward >= estimates.means[DEFAULT])
+        lower_bound = estimates.means[DEFAULT] - estimates.bonuses[DEFAULT]
+        is_bad = missed and arm != DEFAULT and not (is_known and reward >= lower_bound)
         self._bandit.learn(arm, features, reward)
         self._bad_epochs = self._bad_epochs + 1 if is_bad else 0
         if self._bad_epochs >= BAD_EPOCHS:

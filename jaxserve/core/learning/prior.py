@@ -15,8 +15,9 @@ from jaxserve.core.learning.linucb import ArmPrior
 from jaxserve.errors import ConfigError
 
 VERSION = 1
-# A simulation counts for so many epochs of an arm, however long it was: it is not the engine itself.
-MOST_EPOCHS = 20.0
+# A simulation counts for so many epochs of an arm, however long it was: it is not the engine itself, and
+# what is measured must outweigh it within a window.
+MOST_EPOCHS = 60.0
 
 
 def prior_entry(arm: Arm, contexts: Float64Array, rewards: Float64Array) -> dict[str, Any]:
