@@ -17,7 +17,7 @@ from jaxserve.errors import ConfigError
 from jaxserve.simulator.arm_runs import cluster_arms, prior_of, run_arm, tuner_maker
 from jaxserve.simulator.cluster import Cluster, ClusterConfig, make_cluster
 from jaxserve.simulator.simulation import SimulationOptions, SimulationResult, simulate
-from jaxserve.simulator.trace import TraceRequest, poisson, uniform
+from jaxserve.simulator.trace import poisson, uniform
 
 OPTIONS = SimulationOptions(learns=True)
 LEARNING = LearningConfig(learning="on", learning_epoch_s=5.0)
