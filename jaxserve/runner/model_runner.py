@@ -26,7 +26,7 @@ from jaxserve.runner.probes import ProbeHandle, ProbeOptions, ProbePrograms
 from jaxserve.runner.programs import Programs
 from jaxserve.runner.resolve import ResolvedConfig
 from jaxserve.runner.sampler import Sampled, SamplingKind, kind_of
-from jaxserve.runner.slots import SlotState, admission_rows, empty_slots
+from jaxserve.runner.slots import SlotState, empty_slots, pack_admissions
 from jaxserve.runner.step import NOT_FINITE, NOT_SAMPLED, Caches, StepOutput
 
 
@@ -204,14 +204,14 @@ class ModelRunner:
         while admissions:
             size = next((s for s in self._admission_sizes if s >= len(admissions)), self._admission_sizes[-1])
             now, admissions = admissions[:size], admissions[size:]
-            index, rows = admission_rows(
+            packed = pack_admissions(
                 now,
                 size,
                 num_slots=resolved.num_slots,
                 max_model_len=resolved.max_model_len,
                 page_size=resolved.layout.page_size,
             )
-            self._slots = self._programs.admit(size)(self._slots, index, rows)
+            self._slots = self._programs.admit(size)(self._slots, packed)
 
 
 def _empty_caches(resolved: ResolvedConfig, num_layers: int, placement: Placement) -> Caches:

@@ -6,7 +6,6 @@ silent compilation.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import os
 from collections.abc import Callable, Iterable
@@ -23,7 +22,7 @@ from jaxserve.models.params import Params
 from jaxserve.models.sharding import Placement
 from jaxserve.pallas_kernels.ragged_paged_attention.api import Implementation
 from jaxserve.runner.sampler import SamplingKind
-from jaxserve.runner.slots import SlotState, write_rows
+from jaxserve.runner.slots import SlotState, slot_width, write_admissions
 from jaxserve.runner.step import Caches, make_step
 
 Compiled = Callable[..., Any]
@@ -73,14 +72,10 @@ class Programs:
             rows = jax.ShapeDtypeStruct((NUM_ROW_FIELDS, bucket.rows), jnp.int32, sharding=replicated)
             pages = jax.ShapeDtypeStruct((NUM_PAGE_FIELDS, bucket.rows), jnp.int32, sharding=replicated)
             jobs[bucket, kind] = _job(step, params_of(bucket), caches, slots, rows, pages)
-        write = jax.jit(write_rows, donate_argnums=0, out_shardings=replicated)
+        write = jax.jit(write_admissions, donate_argnums=0, out_shardings=replicated)
         for size in admission_sizes:
-            index = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=replicated)
-            new = jax.tree.map(
-                lambda a: jax.ShapeDtypeStruct((size, *a.shape[1:]), a.dtype, sharding=replicated),  # noqa: B023
-                dataclasses.replace(slots, hidden=None),
-            )
-            jobs[size] = _job(write, slots, index, new)
+            shape = (size, slot_width(slots) + 1)
+            jobs[size] = _job(write, slots, jax.ShapeDtypeStruct(shape, jnp.int32, sharding=replicated))
         self._compiled = _compile_all(jobs, on_compiled)
 
     def step(self, bucket: Bucket, kind: SamplingKind = SamplingKind.ANY) -> Compiled:

@@ -10,6 +10,7 @@ token is written where the next step reads its input, so it feeds that step with
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import jax
@@ -44,28 +45,46 @@ def empty_slots(num_slots: int, max_model_len: int, page_size: int) -> SlotState
     return jax.tree.map(np.asarray, _rows([], num_slots, max_model_len, page_size)[1])
 
 
-def admission_rows(
+def pack_admissions(
     admissions: list[Admission], count: int, *, num_slots: int, max_model_len: int, page_size: int
-) -> tuple[np.ndarray, SlotState]:
-    """Slot indexes int32 [count] and host rows of requests that take slots, padded to ``count``.
+) -> np.ndarray:
+    """What requests that take slots put there, int32 [count, slot_width + 1]: one copy to the device, not 16.
 
+    A row is the slot's index and then the bits of every array's row, in the order of `SlotState`'s leaves.
     Padding has index ``num_slots``, which is out of range, so that writing it does nothing.
     """
     slots, rows = _rows(admissions, count, max_model_len, page_size)
-    index = np.full(count, num_slots, np.int32)
-    index[: len(slots)] = slots
-    return index, rows
+    index = np.full((count, 1), num_slots, np.int32)
+    index[: len(slots), 0] = slots
+    leaves = [np.asarray(leaf).view(np.int32).reshape(count, -1) for leaf in jax.tree.leaves(rows)]
+    return np.concatenate([index, *leaves], axis=1)
 
 
-def write_rows(state: SlotState, index: jax.Array, rows: SlotState) -> SlotState:
+def slot_width(state: SlotState) -> int:
+    """Words that an admission writes into a slot."""
+    return sum(math.prod(leaf.shape[1:]) for leaf in jax.tree.leaves(_admitted(state)))
+
+
+def write_admissions(state: SlotState, packed: jax.Array) -> SlotState:
     """Puts whole rows into slots; jitted with ``state`` donated.
 
     Hidden states stay: a step writes them before anybody reads them.
     """
-    written = jax.tree.map(
-        lambda old, new: old.at[index].set(new, mode="drop"), dataclasses.replace(state, hidden=None), rows
-    )
-    return dataclasses.replace(written, hidden=state.hidden)
+    leaves, structure = jax.tree.flatten(_admitted(state))
+    widths = [math.prod(leaf.shape[1:]) for leaf in leaves]
+    index, *parts = jnp.split(packed, np.cumsum([1, *widths[:-1]]).tolist(), axis=1)
+    written = [
+        old.at[index[:, 0]].set(
+            jax.lax.bitcast_convert_type(part, old.dtype).reshape(-1, *old.shape[1:]), mode="drop"
+        )
+        for old, part in zip(leaves, parts, strict=True)
+    ]
+    return dataclasses.replace(jax.tree.unflatten(structure, written), hidden=state.hidden)
+
+
+def _admitted(state: SlotState) -> SlotState:
+    """What of a slot an admission writes."""
+    return dataclasses.replace(state, hidden=None)
 
 
 def _rows(

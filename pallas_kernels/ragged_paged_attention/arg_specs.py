@@ -57,6 +57,11 @@ CORRECTNESS_SPECS: tuple[ArgSpec, ...] = (
     ArgSpec(name="prefill_padded", rows=((20, 20), (0, 0), (5, 5)), padding_tokens=7),
     ArgSpec(name="chunk_continues", rows=((16, 48), (10, 43), (33, 70)), padding_tokens=5),
     ArgSpec(name="mixed", rows=((1, 30), (1, 17), (0, 0), (19, 19), (35, 150), (0, 0)), padding_tokens=9),
+    ArgSpec(  # lengths in no order, some alike
+        name="many_rows",
+        rows=(*_decode(*(1 + 37 * row % 90 for row in range(30))), (19, 50), (0, 0)),
+        padding_tokens=3,
+    ),
     ArgSpec(name="mha", rows=((1, 20), (6, 18)), num_q_heads=3, num_kv_heads=3),
     ArgSpec(name="gqa_3", rows=((1, 20), (6, 18)), num_q_heads=9, num_kv_heads=3),
     ArgSpec(name="gqa_4_one_kv_head", rows=((1, 20), (6, 18)), num_q_heads=4, num_kv_heads=1),

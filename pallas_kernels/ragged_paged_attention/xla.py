@@ -4,8 +4,9 @@ Queries are handled as *query blocks*, each inside one row. A block walks over i
 at a time, with an online softmax (Milakov & Gimelshein 2018, algorithm 3; Dao et al. 2022), as many times as
 the context needs: a step costs what its contexts cost and not what the page table could hold.
 
-Rows of one token are blocks of one query and walk together, as one batch. The blocks of longer chunks walk
-one after the other: they differ in length, and each of them is enough work for the whole machine.
+Rows of one token are blocks of one query and walk together, in batches of rows of like length: a batch walks
+as far as its longest context. The blocks of longer chunks walk one after the other: they differ in length, and
+each of them is enough work for the whole machine.
 
     tokens   |d|d|d| chunk of row 3 .......... | chunk of row 4 .. | padding |
     blocks    1 1 1 |  Q   |  Q   |  Q   | Q   |  Q   |  Q
@@ -32,6 +33,9 @@ _KV_BLOCK_TOKENS = 128
 _QUERY_BLOCK_TOKENS = 64
 # Of single queries in float32: what a row has too little for a block is copied for nothing.
 _SMALL_KV_BLOCK_TOKENS = 64
+# Rows of one token that walk together, at least, and how many such batches there are at most.
+_ROWS_TOGETHER = 16
+_MAX_BATCHES = 4
 
 # Below every score of finite inputs, and finite: the difference of two infinities is NaN.
 _MASKED = -1e30
@@ -64,8 +68,7 @@ def ragged_paged_attention(
     places = token_places(metadata, q.shape[0], stored.page_size)
     kv_pages = _write(kv_pages.ordered(), k, v, places)
     if metadata.max_q_len == 1:
-        blocks = _QueryBlocks(q[:, None], places.position[:, None], metadata.page_table[places.row])
-        out = _attend(blocks, kv_pages, variant)[:, 0]
+        out = _attend_rows(q, places.position, metadata.page_table[places.row], kv_pages, variant)
     else:
         out = _attend_chunks(q, kv_pages, metadata, variant)
         token, decoded = _attend_single_tokens(q, kv_pages, metadata, variant)
@@ -106,8 +109,25 @@ def _attend_single_tokens(
     token = jnp.where(single, starts, q.shape[0])
     position = jnp.where(single, metadata.kv_lens - 1, -1)
     queries = q.at[token].get(mode="fill", fill_value=0)
-    blocks = _QueryBlocks(queries[:, None], position[:, None], metadata.page_table)
-    return token, _attend(blocks, kv_pages, variant)[:, 0]
+    return token, _attend_rows(queries, position, metadata.page_table, kv_pages, variant)
+
+
+def _attend_rows(
+    q: jax.Array, position: jax.Array, page_table: jax.Array, kv_pages: KVPages, variant: AttentionVariant
+) -> jax.Array:
+    """Rows of one token, ``[rows, q_heads, head_dim]``; ``position`` int32 ``[rows]``, -1 for none."""
+    rows = q.shape[0]
+    size = max(_ROWS_TOGETHER, -(-rows // _MAX_BATCHES))
+    if rows <= size or rows % size:
+        return _attend(_QueryBlocks(q[:, None], position[:, None], page_table), kv_pages, variant)[:, 0]
+    by_length = jnp.argsort(position)
+
+    def attend_batch(batch: jax.Array, out: jax.Array) -> jax.Array:
+        row = jax.lax.dynamic_slice_in_dim(by_length, batch * size, size)
+        blocks = _QueryBlocks(q[row][:, None], position[row][:, None], page_table[row])
+        return out.at[row].set(_attend(blocks, kv_pages, variant)[:, 0], unique_indices=True)
+
+    return jax.lax.fori_loop(0, rows // size, attend_batch, jnp.zeros_like(q))
 
 
 def _attend_chunks(
