@@ -20,6 +20,7 @@ import json
 import multiprocessing
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,10 +29,13 @@ from bench.results import Results, add_output_flag, host_device
 from bench.workloads import find_traces, synthetic_trace
 from jaxserve.cli.arguments import CommandParser
 from jaxserve.config import LearningConfig, SchedulerConfig
+from jaxserve.core.cost_model import CostModel
 from jaxserve.core.learning.arms import Arm
+from jaxserve.core.learning.tuner import QueueState, Tuner
 from jaxserve.errors import ConfigError
 from jaxserve.simulator.arm_runs import ArmRun, cluster_arms, prior_of, run_arm, tuner_maker
 from jaxserve.simulator.cluster import Cluster, ClusterConfig, make_cluster
+from jaxserve.simulator.measures import percentile
 from jaxserve.simulator.simulation import SimulationOptions, simulate
 from jaxserve.simulator.trace import TraceRequest, at_rate, poisson, read_trace
 
@@ -193,12 +197,14 @@ class Bench:
         best["in-a-row"] = self._best_single(rows["in-a-row"], alone)
         for case, config in (("cold", learns()), ("prior", learns(learning_prior=str(prior)))):
             for workload, trace in rows.items():
-                epochs = self._learn(trace, config)
+                epochs, spent_ms = self._learn(trace, config)
                 reward = mean([epoch["reward"] for epoch in epochs if epoch["learns"]])
                 where = {"workload": workload, "epochs": len(epochs)}
                 self._add(case, "reward", reward, "1", ratio=reward / best[workload], **where)
                 for metric, (value, unit) in measures_of(epochs).items():
                     self._add(case, metric, value, unit, **where)
+                self._add(case, "choice_ms", percentile(spent_ms, 50), "ms", **where)
+                self._add(case, "choice_p99_ms", percentile(spent_ms, 99), "ms", **where)
                 reasons = [epoch["decision"]["reason"] for epoch in epochs]
                 for reason in ("unsafe", "rest", "explored"):
                     self._add(case, f"{reason}_share", reasons.count(reason) / len(epochs), "share", **where)
@@ -216,13 +222,28 @@ class Bench:
             self._add(run.arm.name, "reward", mean(run.rewards), "1", workload="in-a-row")
         return max(mean(run.rewards) for run in runs)
 
-    def _learn(self, trace: list[TraceRequest], config: LearningConfig) -> list[dict[str, Any]]:
-        """The records of a run that learns."""
-        records: list[dict[str, Any]] = []
-        simulate(
-            trace, self._cluster, OPTIONS, make_tuner=tuner_maker(self._cluster, config, write=records.append)
-        )
-        return records[1:]
+    def _learn(
+        self, trace: list[TraceRequest], config: LearningConfig
+    ) -> tuple[list[dict[str, Any]], list[float]]:
+        """The records of a run that learns, and the CPU milliseconds of each choice."""
+        records, spent_ms = list[dict[str, Any]](), list[float]()
+        make = tuner_maker(self._cluster, config, write=records.append)
+
+        def make_timed(costs: CostModel) -> Tuner:
+            tuner = make(costs)
+            choose = tuner.choose
+
+            def timed(now: float, queue: QueueState) -> Arm:
+                start = time.process_time()
+                arm = choose(now, queue)
+                spent_ms.append(1e3 * (time.process_time() - start))
+                return arm
+
+            tuner.choose = timed  # type: ignore[method-assign]
+            return tuner
+
+        simulate(trace, self._cluster, OPTIONS, make_tuner=make_timed)
+        return records[1:], spent_ms
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -68,15 +68,17 @@ class Decider:
         Bad is one of another arm than the default that missed an objective, and was worth less than the
         default would be at its lower bound: where everybody misses, the default is no refuge.
         """
-        estimates = self._bandit.estimates(features)
-        is_known = estimates.plays[DEFAULT] > 0
-        lower_bound = estimates.means[DEFAULT] - estimates.bonuses[DEFAULT]
-        is_bad = missed and arm != DEFAULT and not (is_known and reward >= lower_bound)
+        is_bad = missed and arm != DEFAULT and not self._may_equal_default(features, reward)
         self._bandit.learn(arm, features, reward)
         self._bad_epochs = self._bad_epochs + 1 if is_bad else 0
         if self._bad_epochs >= BAD_EPOCHS:
             self._bad_epochs, self._rest_epochs = 0, REST_EPOCHS
         return is_bad
+
+    def _may_equal_default(self, features: Float64Array, reward: float) -> bool:
+        estimates = self._bandit.estimates(features)
+        lower_bound = estimates.means[DEFAULT] - estimates.bonuses[DEFAULT]
+        return bool(estimates.plays[DEFAULT] > 0 and reward >= lower_bound)
 
     def decide(self, features: Float64Array, safe: Sequence[int], *, is_frozen: bool = False) -> Decision:
         """The next arm, for a context and the arms that are safe in it; frozen, that of the highest mean."""
