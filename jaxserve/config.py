@@ -24,6 +24,7 @@ Victim = Literal["auto", "latest", "least_urgent", "most_remaining", "value"]
 Attention = Literal["auto", "reference", "xla", "mosaic_gpu", "triton", "mosaic_tpu"]
 Device = Literal["auto", "cpu", "gpu", "tpu"]
 Prediction = Literal["mean", "fused"]
+Learning = Literal["off", "on", "frozen"]
 
 
 def _option(default: Any, description: str) -> Any:
@@ -123,8 +124,8 @@ class SchedulerConfig:
     max_wait_s: float = _option(
         8.0, "sjf, mlfq, priority, lpm: who has waited so long goes first (7.5 times that for priority > 0)"
     )
-    ttft_slo_s: float = _option(1.0, "priority, phase: objective for the time to the first token")
-    tpot_slo_s: float = _option(0.05, "slo, phase: objective for the time between tokens")
+    ttft_slo_s: float = _option(1.0, "priority, phase, learning: objective for the time to the first token")
+    tpot_slo_s: float = _option(0.05, "slo, phase, learning: objective for the time between tokens")
     decision_log: str | None = _option(None, "file for JSON lines that say why requests run when they run")
     record: str | None = _option(None, "file for a recording that `jaxserve simulate --replay` plays again")
 
@@ -149,6 +150,27 @@ class PredictionConfig:
         None, "layers whose states are recorded, counted from 1; default: the last"
     )
     probe_interval: int = _option(20, "output tokens between two looks at a request's hidden state")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class LearningConfig:
+    """Choosing token budget, ordering and KV pressure while the engine runs."""
+
+    learning: Learning = _option(
+        "off", "choose among safe configurations by what they were worth (on), or by what is known (frozen)"
+    )
+    learning_log: str | None = _option(
+        None, "file of every choice and its inputs; one that is there is gone through first, and continued"
+    )
+    learning_prior: str | None = _option(
+        None, "file made by `jaxserve simulate --write-prior`: what configurations are worth, to begin with"
+    )
+    learning_epoch_s: float = _option(20.0, "seconds that a choice stands")
+    reward_ttft_weight: float = _option(0.5, "what the excess of P99 TTFT over ttft_slo_s takes off a reward")
+    reward_tpot_weight: float = _option(0.5, "what the excess of P99 TPOT over tpot_slo_s takes off a reward")
+    reward_energy_weight: float = _option(
+        0.0, "what joules a token, as a share of the usual, take off a reward; needs a meter"
+    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,6 +206,7 @@ class EngineConfig:
     cache: CacheConfig = dataclasses.field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = dataclasses.field(default_factory=SchedulerConfig)
     prediction: PredictionConfig = dataclasses.field(default_factory=PredictionConfig)
+    learning: LearningConfig = dataclasses.field(default_factory=LearningConfig)
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
     runner: RunnerConfig = dataclasses.field(default_factory=RunnerConfig)
     seed: int = _option(0, "seed of the seeds drawn for requests that bring none")
@@ -226,7 +249,7 @@ class EngineConfig:
         return cls(**values)
 
 
-SECTIONS = ("model", "cache", "scheduler", "prediction", "parallel", "runner")
+SECTIONS = ("model", "cache", "scheduler", "prediction", "learning", "parallel", "runner")
 
 
 def flat_fields() -> list[tuple[str, dataclasses.Field[Any]]]:
@@ -259,6 +282,7 @@ def check(config: EngineConfig) -> None:
         ("capacity", scheduler.capacity, Capacity),
         ("victim", scheduler.victim, Victim),
         ("length_predictor", prediction.length_predictor, Prediction),
+        ("learning", config.learning.learning, Learning),
         ("attention", runner.attention, Attention),
         ("device", runner.device, Device),
     ):
@@ -287,11 +311,14 @@ def check(config: EngineConfig) -> None:
         )
     _check_cache(cache)
     _check_scheduler(scheduler)
+    _check_learning(config.learning)
     for name, file in (
         ("decision_log", scheduler.decision_log),
         ("record", scheduler.record),
         ("length_head", prediction.length_head),
         ("record_hidden", prediction.record_hidden),
+        ("learning_log", config.learning.learning_log),
+        ("learning_prior", config.learning.learning_prior),
     ):
         _require(file is None or (isinstance(file, str) and bool(file)), name, file, "must be a path")
     _require_increasing("hidden_layers", prediction.hidden_layers)
@@ -342,6 +369,25 @@ def _check_scheduler(scheduler: SchedulerConfig) -> None:
         ("tpot_slo_s", scheduler.tpot_slo_s),
     ):
         _require(_is_number(seconds) and 0.0 < seconds <= 86400.0, name, seconds, "must be in (0, 86400]")
+
+
+def _check_learning(learning: LearningConfig) -> None:
+    epoch_s = learning.learning_epoch_s
+    _require(
+        _is_number(epoch_s) and 1.0 <= epoch_s <= 3600.0, "learning_epoch_s", epoch_s, "must be in [1, 3600]"
+    )
+    for name, weight in (
+        ("reward_ttft_weight", learning.reward_ttft_weight),
+        ("reward_tpot_weight", learning.reward_tpot_weight),
+        ("reward_energy_weight", learning.reward_energy_weight),
+    ):
+        _require(_is_number(weight) and 0.0 <= weight <= 100.0, name, weight, "must be in [0, 100]")
+    _require(
+        learning.learning != "frozen" or bool(learning.learning_log or learning.learning_prior),
+        "learning",
+        learning.learning,
+        "needs a learning_log or a learning_prior that says what is known",
+    )
 
 
 def _check_ladders(runner: RunnerConfig, budget: int | None) -> None:

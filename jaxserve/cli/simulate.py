@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 from collections.abc import Mapping
@@ -12,11 +13,13 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxserve.cli.arguments import CommandParser, add_dataclass_flags, command_parser, given
-from jaxserve.config import EngineConfig, SchedulerConfig
+from jaxserve.config import EngineConfig, LearningConfig, SchedulerConfig
 from jaxserve.core.decision_log import DecisionLog, json_lines
 from jaxserve.core.policies.presets import policy_options
+from jaxserve.engine.learning import LearningLog
 from jaxserve.engine.recording import read_recording
 from jaxserve.errors import ConfigError
+from jaxserve.simulator.arm_runs import cluster_arms, prior_of, run_arm, tuner_maker
 from jaxserve.simulator.calibration import cluster_like
 from jaxserve.simulator.cluster import Cluster, ClusterConfig, make_cluster
 from jaxserve.simulator.replay import replay
@@ -43,7 +46,8 @@ def main(argv: list[str]) -> int:
     runs: dict[str, SimulationResult] = {}
     label = ""
     for policy in arguments.policy.split(","):
-        scheduler = _scheduler(arguments, policy)
+        config = _config(arguments, policy)
+        scheduler = config.scheduler
         cluster = _cluster(arguments, scheduler)
         label = cluster.label
         options = SimulationOptions(
@@ -52,9 +56,12 @@ def main(argv: list[str]) -> int:
             sigma=arguments.sigma,
             seed=arguments.seed,
             pipeline_depth=scheduler.pipeline_depth,
+            learns=config.learning.learning != "off" or arguments.write_prior is not None,
             keep_steps=arguments.timeline is not None,
         )
-        runs[policy] = _simulate(trace, cluster, options, arguments)
+        if arguments.write_prior is not None:
+            return _write_prior(arguments, trace, cluster, options, config.learning)
+        runs[policy] = _simulate(trace, cluster, options, arguments, config.learning)
         if arguments.timeline is not None:
             write_timeline(_named(arguments.timeline, policy, arguments.policy), runs[policy])
     if arguments.output is not None:
@@ -112,8 +119,15 @@ def _parser() -> CommandParser:
     parser.add_argument("--timeline", type=Path, metavar="FILE", help="write a timeline that Perfetto opens")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="draw percentiles")
     parser.add_argument("--decisions", type=Path, metavar="FILE", help="write the decision log of one engine")
+    parser.add_argument(
+        "--write-prior",
+        type=Path,
+        metavar="FILE",
+        help="run the trace under each arm of learning, and write what they are worth (--learning-prior)",
+    )
     add_dataclass_flags(parser, ClusterConfig, "cluster")
     add_dataclass_flags(parser, SchedulerConfig, "scheduler options", without=_LIVE_ONLY)
+    add_dataclass_flags(parser, LearningConfig, "online learning")
     return parser
 
 
@@ -130,9 +144,9 @@ def _trace(arguments: argparse.Namespace) -> list[TraceRequest]:
     return trace if arguments.rate is None else at_rate(trace, arguments.rate)
 
 
-def _scheduler(arguments: argparse.Namespace, policy: str) -> SchedulerConfig:
-    options = policy_options(policy) | given(arguments, SchedulerConfig)
-    return EngineConfig.from_flat(options).scheduler  # which checks them
+def _config(arguments: argparse.Namespace, policy: str) -> EngineConfig:
+    options = policy_options(policy) | given(arguments, SchedulerConfig) | given(arguments, LearningConfig)
+    return EngineConfig.from_flat(options)  # which checks them
 
 
 def _cluster(arguments: argparse.Namespace, scheduler: SchedulerConfig) -> Cluster:
@@ -143,14 +157,55 @@ def _cluster(arguments: argparse.Namespace, scheduler: SchedulerConfig) -> Clust
 
 
 def _simulate(
-    trace: list[TraceRequest], cluster: Cluster, options: SimulationOptions, arguments: argparse.Namespace
+    trace: list[TraceRequest],
+    cluster: Cluster,
+    options: SimulationOptions,
+    arguments: argparse.Namespace,
+    learning: LearningConfig,
 ) -> SimulationResult:
-    if arguments.decisions is None:
-        return simulate(trace, cluster, options, jobs=arguments.jobs)
+    with contextlib.ExitStack() as opened:
+        decisions, maker = None, None
+        if arguments.decisions is not None:
+            _require_one_engine("decisions", cluster)
+            file = opened.enter_context(arguments.decisions.open("w", encoding="utf-8"))
+            decisions = DecisionLog(json_lines(file))
+        if learning.learning != "off":
+            if learning.learning_log is not None:
+                _require_one_engine("learning_log", cluster)
+            log = LearningLog(learning)
+            opened.callback(log.close)
+            maker = tuner_maker(cluster, learning, records=log.records, write=log.write, seed=arguments.seed)
+        return simulate(
+            trace, cluster, options, decision_log=decisions, make_tuner=maker, jobs=arguments.jobs
+        )
+
+
+def _require_one_engine(option: str, cluster: Cluster) -> None:
     if cluster.num_engines != 1:
-        raise ConfigError(f"decisions: the log of one engine, not of {cluster.num_engines}")
-    with arguments.decisions.open("w", encoding="utf-8") as file:
-        return simulate(trace, cluster, options, decision_log=DecisionLog(json_lines(file)))
+        raise ConfigError(f"{option}: the log of one engine, not of {cluster.num_engines}")
+
+
+def _write_prior(
+    arguments: argparse.Namespace,
+    trace: list[TraceRequest],
+    cluster: Cluster,
+    options: SimulationOptions,
+    learning: LearningConfig,
+) -> int:
+    """Prints what each arm was worth, and writes the file."""
+    table = Table(title=f"{arguments.trace.name}, {len(trace)} requests, {cluster.label}")
+    for column in ("arm", "mean reward", "epochs", "TTFT P99 (s)", "TPOT P99 (ms)"):
+        table.add_column(column)
+    runs = [run_arm(trace, cluster, options, learning, arm) for arm in cluster_arms(cluster)]
+    for run in runs:
+        metrics, rewards = run.result.metrics(), run.rewards
+        mean = sum(rewards) / len(rewards) if rewards else float("nan")
+        tails = [f"{metrics[name][0]:.4g}" for name in ("ttft_p99_s", "tpot_p99_ms")]
+        table.add_row(run.arm.name, f"{mean:.3f}", str(len(rewards)), *tails)
+    source = f"{arguments.trace.name}, {cluster.label}"
+    arguments.write_prior.write_text(json.dumps(prior_of(runs, source)) + "\n", encoding="utf-8")
+    Console().print(table)
+    return 0
 
 
 def _replay(path: Path) -> int:

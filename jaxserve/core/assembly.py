@@ -16,7 +16,7 @@ from jaxserve.core.host_blocks import HostBlocks
 from jaxserve.core.host_traffic import HostTraffic
 from jaxserve.core.kv_cache_manager import KVCacheManager
 from jaxserve.core.page_pool import PagePool
-from jaxserve.core.policies.registry import make_policies
+from jaxserve.core.policies.switch import PolicySwitch
 from jaxserve.core.policy import PolicyContext
 from jaxserve.core.prefix_cache import PrefixCache
 from jaxserve.core.resume_costs import NO_HOST, HostTier, ResumeCosts
@@ -94,7 +94,7 @@ def assemble(assembly: Assembly, costs: CostModel, decision_log: DecisionLog | N
         page_occupancy=lambda: kv.occupancy,
     )
     return Scheduler(
-        policies=make_policies(context),
+        switch=PolicySwitch(context),
         kv=kv,
         ladder=ladder,
         num_slots=assembly.num_slots,

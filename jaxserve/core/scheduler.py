@@ -21,9 +21,11 @@ from jaxserve.core.draft import Draft
 from jaxserve.core.horizon import loop_steps
 from jaxserve.core.host_traffic import HostTraffic
 from jaxserve.core.kv_cache_manager import KVCacheManager
+from jaxserve.core.learning.arms import Arm
 from jaxserve.core.observers import Observers
 from jaxserve.core.plan import StepPlan, StepResult
-from jaxserve.core.policy import Policies, Preempting, QueueView, RankingPrefills, StepView
+from jaxserve.core.policies.switch import PolicySwitch, tell
+from jaxserve.core.policy import Policies, Preempting, RankingPrefills, StepView
 from jaxserve.core.prefix_cache import PrefixCacheStats
 from jaxserve.core.radix_node import Match
 from jaxserve.core.swap import SwapStats
@@ -51,7 +53,7 @@ class Scheduler:
     def __init__(
         self,
         *,
-        policies: Policies,
+        switch: PolicySwitch,
         kv: KVCacheManager,
         ladder: BucketLadder,
         num_slots: int,
@@ -60,10 +62,9 @@ class Scheduler:
         host: HostTraffic,
         decision_log: DecisionLog | None = None,
     ) -> None:
-        self._policies = policies
-        self._observers = Observers(policies)
-        self._preempting = policies.ordering if isinstance(policies.ordering, Preempting) else None
-        self._ranking = policies.ordering if isinstance(policies.ordering, RankingPrefills) else None
+        self._switch = switch
+        self._follow(switch.policies)
+        self._token_budget = ladder.token_budget
         self._log = decision_log
         self._kv = kv
         self._host = host
@@ -71,7 +72,7 @@ class Scheduler:
         self._ladder = ladder
         self._watermark_pages = watermark_pages
         self._max_queued_requests = max_queued_requests
-        self._waiting = WaitingQueue(policies.ordering)
+        self._waiting = WaitingQueue(switch.policies.ordering)
         self._running: list[Request] = []
         self._held: list[Request] = []
         self._live: dict[str, Request] = {}
@@ -86,6 +87,22 @@ class Scheduler:
         self._num_preemptions = 0
         self._num_lost_tokens = 0
         self._num_finished = 0
+
+    def _follow(self, policies: Policies) -> None:
+        ordering = policies.ordering
+        self._policies = policies
+        self._observers = Observers(policies)
+        self._preempting = ordering if isinstance(ordering, Preempting) else None
+        self._ranking = ordering if isinstance(ordering, RankingPrefills) else None
+
+    def retune(self, arm: Arm, now: float) -> None:
+        """Changes what an arm names, between any two steps. Who runs goes on; who waits is put in order."""
+        self._token_budget = min(arm.max_num_batched_tokens, self._ladder.token_budget)
+        before = self._policies.ordering
+        self._follow(self._switch.change(arm))
+        if self._policies.ordering is not before:
+            tell(self._policies.ordering, self._running, now)
+            self._waiting.reorder(self._policies.ordering, now)
 
     # ------------------------------------------------------------------ requests come and go
 
@@ -180,7 +197,7 @@ class Scheduler:
         if self._with_deadline:
             self._expire(now)
         self._kv.commit(now)
-        draft = Draft(budget=self._ladder.token_budget, page_size=self._kv.page_size)
+        draft = Draft(budget=self._token_budget, page_size=self._kv.page_size)
         self._grow_decodes(now, draft)
         self._release_batch(now)  # a batch whose last running member was preempted is over, too
         if self._waiting:
@@ -220,8 +237,8 @@ class Scheduler:
     def _grow_decodes(self, now: float, draft: Draft) -> None:
         """Gives those that the last plan left at the end of a page another, a victim's if none is left."""
         for request in self._page_ends:
-            if request.status is not RequestStatus.RUNNING or not _may_decode(request):
-                continue
+            if request.status is not RequestStatus.RUNNING or request.num_tokens >= request.max_num_tokens:
+                continue  # in the latter case the last token is being sampled
             if request.num_tokens <= len(request.page_ids) * self._kv.page_size:
                 continue
             while self._kv.num_available == 0 and request.status is RequestStatus.RUNNING:
@@ -299,7 +316,11 @@ class Scheduler:
         With ``ahead_of``, only those that the ordering ranks before that.
         """
         is_batch = self._policies.admission.holds_slots
-        quota = min(self._policies.admission.quota(self._view(now)), len(self._free_slots))
+        free = len(self._free_slots)
+        queue = self._waiting.view(
+            now, num_running=len(self._running), num_held=len(self._held), num_free_slots=free
+        )
+        quota = min(self._policies.admission.quota(queue), free)
         while quota > 0 and (is_batch or draft.budget > 0):
             quota -= 1
             request = self._waiting.peek()
@@ -369,18 +390,6 @@ class Scheduler:
         self._free_slots.append(request.slot)
         request.slot = None
         self._kv.free(request, now, keep=keep)
-
-    def _view(self, now: float) -> QueueView:
-        oldest, newest = self._waiting.oldest_arrival, self._waiting.newest_arrival
-        return QueueView(
-            now=now,
-            num_waiting=len(self._waiting),
-            oldest_arrival=now if oldest is None else oldest,
-            newest_arrival=now if newest is None else newest,
-            num_running=len(self._running),
-            num_held=len(self._held),
-            num_free_slots=len(self._free_slots),
-        )
 
     # ------------------------------------------------------------------ results
 
@@ -492,8 +501,3 @@ class Scheduler:
         for request in self._waiting:
             if request.page_ids or request.slot is not None:
                 raise RuntimeError(f"waiting request {request.id} owns pages or a slot")
-
-
-def _may_decode(request: Request) -> bool:
-    # Once the last permitted token is being sampled, another step would be thrown away for certain.
-    return request.num_tokens < request.max_num_tokens

@@ -7,7 +7,14 @@ from collections import deque
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from jaxserve.core.policy import ChangingKeys, LanedOrdering, OrderingPolicy, SortKey
+from jaxserve.core.policy import (
+    ChangingKeys,
+    LanedOrdering,
+    OrderingPolicy,
+    QueueView,
+    RequestObserver,
+    SortKey,
+)
 from jaxserve.request import Request
 
 _SLACK = 64  # former entries that may be kept
@@ -32,9 +39,7 @@ class WaitingQueue:
     """
 
     def __init__(self, ordering: OrderingPolicy) -> None:
-        self._ordering = ordering
-        self._laned = ordering if isinstance(ordering, LanedOrdering) else None
-        self._changing = ordering if isinstance(ordering, ChangingKeys) else None
+        self._follow(ordering)
         self._members: dict[Request, _Membership] = {}
         self._lanes: dict[str, list[tuple[SortKey, int, Request]]] = {}
         self._heads: list[tuple[float, SortKey, int, str]] = []  # (lane key, its head's key and ticket, lane)
@@ -45,6 +50,26 @@ class WaitingQueue:
         self._by_arrival: deque[Request] = deque()
         self._newest_arrival: float | None = None
         self.num_tokens = 0  # of all members
+
+    def _follow(self, ordering: OrderingPolicy) -> None:
+        self._ordering = ordering
+        self._laned = ordering if isinstance(ordering, LanedOrdering) else None
+        self._changing = ordering if isinstance(ordering, ChangingKeys) else None
+
+    def reorder(self, ordering: OrderingPolicy, now: float) -> None:
+        """Puts all members in the order of another policy, which is told of them as they once joined."""
+        self._follow(ordering)
+        members = list(self._members)
+        self._lanes.clear()
+        self._heads.clear()
+        self._due.clear()
+        self._members.clear()
+        self._num_entries = 0
+        for request in members:
+            if isinstance(ordering, RequestObserver):
+                # Who never ran has waited since it came, whatever the ordering was.
+                ordering.queued(request, now if request.num_preemptions else request.arrival_time)
+            self._place(request, now)
 
     def __len__(self) -> int:
         return len(self._members)
@@ -165,6 +190,19 @@ class WaitingQueue:
         while self._by_arrival and self._by_arrival[0] not in self._members:
             self._by_arrival.popleft()
         return self._by_arrival[0].arrival_time if self._by_arrival else None
+
+    def view(self, now: float, *, num_running: int, num_held: int, num_free_slots: int) -> QueueView:
+        """What admission may look at, with what the scheduler says of its slots."""
+        oldest, newest = self.oldest_arrival, self._newest_arrival
+        return QueueView(
+            now=now,
+            num_waiting=len(self._members),
+            oldest_arrival=now if oldest is None else oldest,
+            newest_arrival=now if newest is None else newest,
+            num_running=num_running,
+            num_held=num_held,
+            num_free_slots=num_free_slots,
+        )
 
     def __iter__(self) -> Iterator[Request]:
         """The members, in no particular order."""

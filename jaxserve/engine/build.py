@@ -22,6 +22,8 @@ from jaxserve.config import EngineConfig
 from jaxserve.core.assembly import Assembly, assemble
 from jaxserve.core.batch import Executor, StepBatch
 from jaxserve.core.cost_model import CostModel, StepCost, UnknownDevice
+from jaxserve.core.learning.energy import EnergyMeter
+from jaxserve.core.learning.setup import make_tuner
 from jaxserve.core.plan import StepPlan
 from jaxserve.core.predictor import LengthPredictor, MeanLengthPredictor
 from jaxserve.core.probing import Probing
@@ -31,6 +33,7 @@ from jaxserve.engine.engine_core import EngineCore
 from jaxserve.engine.hidden_recording import HiddenRecorder
 from jaxserve.engine.input_processor import InputProcessor
 from jaxserve.engine.journals import Journals
+from jaxserve.engine.learning import LearningLog, make_meter
 from jaxserve.engine.loop import EngineLoop
 from jaxserve.engine.prediction import make_prediction
 from jaxserve.loading.source import ModelSource, open_checkpoint, resolve_model
@@ -89,6 +92,7 @@ class Engine:
             "prefix_cache": None if prefix_cache is None else prefix_cache.to_json(),
             "swap": core.scheduler.swap_stats()._asdict(),
             "length_prediction": core.prediction_stats(),
+            "learning": core.learning_stats(),
             "num_steps": core.stats.steps,
             "num_output_tokens": core.stats.output_tokens,
             "finished": dict(core.stats.finished),
@@ -128,6 +132,8 @@ def build_engine(config: EngineConfig, *, progress: bool = True) -> Engine:
         on_failure.callback(opened.close)
         journals = Journals(config.scheduler)
         opened.callback(journals.close)
+        learning_log = LearningLog(config.learning)
+        opened.callback(learning_log.close)
         model = load_model(config, progress=progress)
         prediction = make_prediction(config, model)
         opened.callback(prediction.close)
@@ -138,7 +144,8 @@ def build_engine(config: EngineConfig, *, progress: bool = True) -> Engine:
             config, resolved, runner, runner.prepare,
             prior=prior, predictor=prediction.predictor, journals=journals,
             probing=None if prediction.probes is None else Probing(runner, config.prediction.probe_interval),
-            hidden_recorder=prediction.recorder, host=runner.host_tier,
+            hidden_recorder=prediction.recorder, host=runner.host_tier, learning_log=learning_log,
+            meter=_meter(config, model, prior),
         )  # fmt: skip
         engine = make_engine(config, model, resolved, runner, core, on_close=opened.close)
         on_failure.pop_all()
@@ -229,6 +236,8 @@ def make_core[Handle](
     host: HostTier = NO_HOST,
     probing: Probing[Any] | None = None,
     hidden_recorder: HiddenRecorder | None = None,
+    learning_log: LearningLog | None = None,
+    meter: EnergyMeter | None = None,
 ) -> EngineCore[Handle]:
     """The step loop's parts, wired for production: the wall clock and a real executor.
 
@@ -241,6 +250,8 @@ def make_core[Handle](
         host: memory that the executor can copy pages to.
         probing: of an executor that was made for it.
         hidden_recorder: of what it reads.
+        learning_log: of the choices, if the configuration lets it learn.
+        meter: of energy, for the same.
     """
     assembly = Assembly(
         scheduler=config.scheduler,
@@ -255,7 +266,13 @@ def make_core[Handle](
         host=host,
     )
     prior, depth = prior or UnknownDevice(), config.scheduler.pipeline_depth
-    costs = CostModel(prior)
+    costs, tuner = CostModel(prior), None
+    if config.learning.learning != "off":
+        log = learning_log or LearningLog(config.learning)
+        tuner = make_tuner(
+            config.learning, assembly, costs,
+            meter=meter, records=log.records, write=log.write, seed=config.seed,
+        )  # fmt: skip
     return EngineCore(
         scheduler=assemble(assembly, costs, journals.decision_log() if journals else None),
         executor=executor,
@@ -267,7 +284,16 @@ def make_core[Handle](
         recorder=journals.recorder(assembly, prior, depth) if journals else None,
         probing=probing,
         hidden_recorder=hidden_recorder,
+        tuner=tuner,
     )
+
+
+def _meter(config: EngineConfig, model: LoadedModel, prior: StepCost) -> EnergyMeter | None:
+    """Of the devices that the model is on; none unless the engine learns."""
+    if config.learning.learning == "off":
+        return None
+    indices = [device.local_hardware_id for device in model.placement.mesh.devices.flat]
+    return make_meter(model.platform.name, indices, prior, time.monotonic())
 
 
 def device_prior(model: LoadedModel, resolved: ResolvedConfig) -> StepCost:

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 from jaxserve.core.batch import Executor, StepBatch
 from jaxserve.core.cost_model import CostModel, features_of
+from jaxserve.core.learning.arms import Arm
+from jaxserve.core.learning.tuner import QueueState, Tuner
 from jaxserve.core.plan import StepPlan, StepResult
 from jaxserve.core.predictor import LengthPrediction, LengthPredictor, ProbeReader, ReportingPredictor
 from jaxserve.core.probing import Probing
@@ -48,6 +50,7 @@ class EngineCore[Handle]:
         recorder: Recorder | None = None,
         probing: Probing[Any] | None = None,
         hidden_recorder: HiddenRecorder | None = None,
+        tuner: Tuner | None = None,
     ) -> None:
         """Puts the parts together.
 
@@ -57,6 +60,7 @@ class EngineCore[Handle]:
             probing: looks at running requests' hidden states, if given; a predictor that is a `ProbeReader`
                 and the hidden recorder hear of them.
             hidden_recorder: keeps them as training data, if given.
+            tuner: chooses the scheduler's arm every epoch, if given.
         """
         self._scheduler = scheduler
         self._executor = executor
@@ -69,10 +73,13 @@ class EngineCore[Handle]:
         self._probing = probing
         self._reader = predictor if isinstance(predictor, ProbeReader) else None
         self._hidden_recorder = hidden_recorder
+        self._tuner = tuner
         self._in_flight: deque[_InFlight[Handle]] = deque()
         self._last_collected = clock()
         self.stats = EngineStats()
         self._timers = {stage: StageTimer(self.stats, stage, clock) for stage in STAGES}
+        if tuner is not None:
+            self.retune(tuner.arm)  # a log that goes on has one
 
     @property
     def scheduler(self) -> Scheduler:
@@ -86,6 +93,10 @@ class EngineCore[Handle]:
         probing = self._probing
         counts = {} if probing is None else {"launches": probing.num_launches, "probes": probing.num_probes}
         return {**predictor.stats(), **counts}
+
+    def learning_stats(self) -> dict[str, Any] | None:
+        """What the tuner has done; None without one."""
+        return None if self._tuner is None else self._tuner.stats()
 
     @property
     def has_work(self) -> bool:
@@ -103,6 +114,8 @@ class EngineCore[Handle]:
         if self._recorder is not None:
             self._recorder.added(request, now)
         self._scheduler.add(request, now)
+        if self._tuner is not None:
+            self._tuner.arrived(request, now)
 
     def _predict(self, request: Request) -> None:
         request.predicted_output_tokens, request.predicted_output_upper = self._predictor.predict(request)
@@ -114,6 +127,13 @@ class EngineCore[Handle]:
         if request is not None:
             request.predicted_output_tokens, request.predicted_output_upper = prediction
             request.note_limit()
+
+    def retune(self, arm: Arm) -> None:
+        """Puts an arm in force from the next step on: the tuner's, or a replay's."""
+        now = self._clock()
+        self._scheduler.retune(arm, now)
+        if self._recorder is not None:
+            self._recorder.retuned(arm, now)
 
     def end(
         self,
@@ -202,6 +222,8 @@ class EngineCore[Handle]:
     def _forget(self, request: Request) -> None:
         """Learns what there is to learn from a request that has ended."""
         self._predictor.observe(request)
+        if self._tuner is not None:
+            self._tuner.finished(request, self._clock())
         if self._probing is not None:
             self._probing.finished(request)
         if self._hidden_recorder is not None:
@@ -225,8 +247,12 @@ class EngineCore[Handle]:
         weight = max(_STEP_TIME_WEIGHT, 1.0 / bucket.steps)
         bucket.mean_step_s += weight * (step_s - bucket.mean_step_s)
         decode_steps = len(result.token_ids)
-        if self._costs is not None and decode_steps:  # none if all rows had stopped before
-            self._costs.observe(plan.bucket, features_of(plan), step_s / decode_steps)
+        if decode_steps and not (self._costs is None and self._tuner is None):  # none: all had stopped before
+            features = features_of(plan)
+            if self._costs is not None:
+                self._costs.observe(plan.bucket, features, step_s / decode_steps)
+            if self._tuner is not None:
+                self._tuner.stepped(features, decode_steps)
         for request in self._scheduler.take_outgrown():
             self._predict(request)
             if self._recorder is not None:
@@ -234,4 +260,14 @@ class EngineCore[Handle]:
         if self._probing is not None:
             self._land(self._probing, plan.step)
         stats.output_tokens += len(updates.token_ids)
+        if self._tuner is not None and self._tuner.is_due(now):
+            self._choose(self._tuner, now)
         return step_s
+
+    def _choose(self, tuner: Tuner, now: float) -> None:
+        """Ends an epoch."""
+        before, queue = tuner.arm, self._scheduler.stats()
+        occupancy = queue.num_used_pages / queue.num_usable_pages
+        arm = tuner.choose(now, QueueState(queue.num_waiting, occupancy))
+        if arm != before:
+            self.retune(arm)

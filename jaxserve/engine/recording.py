@@ -15,6 +15,7 @@ they happened (``e`` is the kind, ``t`` seconds on the engine's clock):
   ``bad_rows`` the decode step and the row where logits were not finite; ``arrived`` the loads that had come.
 - ``predict``: a request had outgrown its prediction and got another.
 - ``refresh``: a look at a request's hidden state changed its prediction, behind the newest ``plan``.
+- ``arm``: another configuration (a `learning.arms.Arm`) came in force, behind the newest ``plan``.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import Any, final
 
 from jaxserve.core.assembly import Assembly
 from jaxserve.core.cost_model import StepCost
+from jaxserve.core.learning.arms import Arm
 from jaxserve.core.plan import StepPlan, StepResult, plan_digest
 from jaxserve.core.roofline import prior_to_json
 from jaxserve.core.updates import StepUpdates
@@ -101,6 +103,9 @@ class Recorder:
 
     def predicted_again(self, request: Request) -> None:
         self._write({"e": "predict", "id": request.id, "predicted": _prediction(request)})
+
+    def retuned(self, arm: Arm, now: float) -> None:
+        self._write({"e": "arm", "t": now, "arm": arm.to_json()})
 
     def refreshed(self, request: Request) -> None:
         self._write({"e": "refresh", "id": request.id, "predicted": _prediction(request)})

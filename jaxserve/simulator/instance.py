@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import final
 
 import numpy as np
@@ -11,6 +11,7 @@ from jaxserve.core.assembly import Assembly, assemble
 from jaxserve.core.batch import StepBatch
 from jaxserve.core.cost_model import CostModel, StepCost
 from jaxserve.core.decision_log import DecisionLog
+from jaxserve.core.learning.tuner import Tuner
 from jaxserve.core.plan import StepPlan
 from jaxserve.core.predictor import LengthPredictor
 from jaxserve.engine.engine_core import EngineCore
@@ -56,6 +57,7 @@ class Instance:
         prior: of the cost model that its policies look at; it learns from the simulated steps if ``learns``.
         times: of the steps.
         lengths: request id -> output tokens; read by the executor, and by nobody else here.
+        make_tuner: from that cost model; chooses the scheduler's arm every epoch.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Instance:
         keep_steps: bool = False,
         decision_log: DecisionLog | None = None,
         recorder: Recorder | None = None,
+        make_tuner: Callable[[CostModel], Tuner] | None = None,
     ) -> None:
         self.clock = VirtualClock()
         self.executor = CostExecutor(
@@ -93,6 +96,7 @@ class Instance:
             pipeline_depth=pipeline_depth,
             costs=costs if learns else None,
             recorder=recorder,
+            tuner=None if make_tuner is None else make_tuner(costs),
         )
         self.finished: list[Request] = []
         self._loads: dict[Request, int] = {}

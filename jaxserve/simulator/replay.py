@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, final
 from jaxserve.core.assembly import Assembly, assemble
 from jaxserve.core.batch import StepBatch
 from jaxserve.core.cost_model import CostModel
+from jaxserve.core.learning.arms import Arm
 from jaxserve.core.plan import ScheduledRow, StepPlan, StepResult, plan_digest
 from jaxserve.core.predictor import LengthPrediction
 from jaxserve.core.roofline import prior_from_json
@@ -110,7 +111,7 @@ def replay(records: Sequence[Mapping[str, Any]]) -> Replay:
     pages = {record["n"]: record["pages"] for record in records if record["e"] in ("add", "pages")}
     page_size: int = header["assembly"]["page_size"]
     for record in records[1:]:
-        if record["e"] in ("add", "end", "plan"):
+        if record["e"] in ("add", "end", "plan", "arm"):
             clock.now = record["t"]
         if record["e"] == "add":
             tokens = BlockTokens(pages[record["n"]], page_size, record["prompt_tokens"], -1 - record["n"])
@@ -118,6 +119,8 @@ def replay(records: Sequence[Mapping[str, Any]]) -> Replay:
             core.add(_request(record, tokens))
         elif record["e"] == "refresh":
             core.revise(record["id"], LengthPrediction(*record["predicted"]))
+        elif record["e"] == "arm":
+            core.retune(Arm(**record["arm"]))
         elif record["e"] == "end":
             core.end(record["id"], FinishReason(record["reason"]))
         elif record["e"] == "plan":

@@ -11,9 +11,11 @@ from collections.abc import Callable, Sequence
 from typing import get_args
 
 from jaxserve.config import Prediction
+from jaxserve.core.cost_model import CostModel
 from jaxserve.core.decision_log import DecisionLog
 from jaxserve.core.fused_predictor import make_length_predictor
 from jaxserve.core.known_lengths import make_known_length_predictor
+from jaxserve.core.learning.tuner import Tuner
 from jaxserve.core.predictor import LengthPredictor
 from jaxserve.errors import ConfigError
 from jaxserve.request import Request
@@ -116,6 +118,7 @@ def simulate(
     *,
     decision_log: DecisionLog | None = None,
     predictor: LengthPredictor | None = None,
+    make_tuner: Callable[[CostModel], Tuner] | None = None,
     jobs: int = 1,
 ) -> SimulationResult:
     """Runs every request to its end.
@@ -123,6 +126,7 @@ def simulate(
     Args:
         decision_log: of a cluster of one engine.
         predictor: in place of the one that the options name; with one job.
+        make_tuner: of each engine, from the cost model of its policies; with one job.
         jobs: processes; more than one needs a router that does not look at the engines (round_robin).
 
     Raises:
@@ -136,9 +140,9 @@ def simulate(
         raise ConfigError(f"trace: a request has {longest} tokens, an engine's pages hold {most}")
     if jobs == 1 or cluster.num_engines == 1:
         engines = range(cluster.num_engines)
-        return _simulate_some(trace, cluster, options, engines, decision_log, predictor)
-    if predictor is not None:
-        raise ConfigError(f"jobs={jobs}: a predictor of its own needs jobs=1")
+        return _simulate_some(trace, cluster, options, engines, decision_log, predictor, make_tuner)
+    if predictor is not None or make_tuner is not None:
+        raise ConfigError(f"jobs={jobs}: a predictor of its own, or learning, needs jobs=1")
     if options.router != "round_robin":
         raise ConfigError(f"jobs={jobs}: needs router=round_robin, not {options.router}")
     shares = [range(job, cluster.num_engines, jobs) for job in range(jobs)]
@@ -155,6 +159,7 @@ def _simulate_some(
     engines: range,
     decision_log: DecisionLog | None = None,
     predictor: LengthPredictor | None = None,
+    make_tuner: Callable[[CostModel], Tuner] | None = None,
 ) -> SimulationResult:
     """The part of a simulation that happens on some of the engines."""
     lengths = {str(index): row.output_tokens for index, row in enumerate(trace)}
@@ -171,6 +176,7 @@ def _simulate_some(
             host_s=options.host_s,
             keep_steps=options.keep_steps,
             decision_log=decision_log,
+            make_tuner=make_tuner,
         )
         for engine in engines
     }

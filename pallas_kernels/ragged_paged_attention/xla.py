@@ -4,9 +4,9 @@ Queries are handled as *query blocks*, each inside one row. A block walks over i
 at a time, with an online softmax (Milakov & Gimelshein 2018, algorithm 3; Dao et al. 2022), as many times as
 the context needs: a step costs what its contexts cost and not what the page table could hold.
 
-Rows of one token are blocks of one query and walk together, in batches of rows of like length: a batch walks
-as far as its longest context. The blocks of longer chunks walk one after the other: they differ in length, and
-each of them is enough work for the whole machine.
+Rows of one token are blocks of one query and walk together, in batches of rows of like length: a batch
+walks as far as its longest context. The blocks of longer chunks walk one after the other: they differ in
+length, and each of them is enough work for the whole machine.
 
     tokens   |d|d|d| chunk of row 3 .......... | chunk of row 4 .. | padding |
     blocks    1 1 1 |  Q   |  Q   |  Q   | Q   |  Q   |  Q

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ from hypothesis import strategies as st
 
 from jaxserve import LLM, SamplingParams
 from jaxserve.cli.simulate import main
+from jaxserve.config import SchedulerConfig
+from jaxserve.core.buckets import BucketLadder
 from jaxserve.core.cost_model import UnknownDevice
+from jaxserve.core.learning.arms import Arm, make_arms
 from jaxserve.core.policies.registry import ADMISSIONS, CAPACITIES, COMPOSITIONS, ORDERINGS
 from jaxserve.core.resume_costs import NO_HOST, HostTier
 from jaxserve.engine.recording import Recorder, read_recording
@@ -25,7 +29,9 @@ from tests.support.fake_executor import FakeExecutor
 from tests.support.tiny_checkpoint import write_tiny_checkpoint
 
 
-def live_run(seed: int, depth: int = 1, **policies: Any) -> tuple[list[dict[str, Any]], FakeExecutor]:
+def live_run(
+    seed: int, depth: int = 1, *, arms: Sequence[Arm] = (), **policies: Any
+) -> tuple[list[dict[str, Any]], FakeExecutor]:
     """Random traffic with stops, siblings, aborts, deadlines and too little memory, recorded."""
     rng, clock, records = random.Random(seed), ManualClock(), list[dict[str, Any]]()
     core, fake = make_core(
@@ -49,6 +55,8 @@ def live_run(seed: int, depth: int = 1, **policies: Any) -> tuple[list[dict[str,
         for _ in range(rng.randint(0, 4)):
             core.step()
             clock.now += rng.uniform(0.001, 0.03)
+        if arms and rng.random() < 0.3:
+            core.retune(rng.choice(arms))
         if rng.random() < 0.1:
             core.end(rng.choice(requests).id, FinishReason.ABORT)
     for _ in range(20_000):
@@ -87,6 +95,27 @@ def test_any_recorded_run_replays_to_identical_plans(
     assert [(p.saves, p.loads, p.landings) for p in found.plans] == [
         (p.saves, p.loads, p.landings) for p in live
     ]
+
+
+ARMS = make_arms(SchedulerConfig(), BucketLadder((4,), (5, 8, 16, 32), 4), 4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**20), depth=st.integers(0, 2), max_decode_steps=st.integers(1, 4))
+def test_a_run_whose_arm_changes_replays_to_identical_plans(
+    seed: int, depth: int, max_decode_steps: int
+) -> None:
+    records, fake = live_run(seed, depth, arms=ARMS, max_decode_steps=max_decode_steps)
+    found = replay(json.loads(json.dumps(records)))
+    assert found.first_difference is None
+    assert found.num_steps == fake.num_dispatched > 20
+
+
+def test_a_replay_needs_the_arms_that_were_recorded() -> None:
+    records, _ = live_run(2, arms=ARMS)
+    assert any(record["e"] == "arm" for record in records)
+    without = [record for record in records if record["e"] != "arm"]
+    assert replay(without).first_difference is not None
 
 
 def test_replayed_requests_find_what_the_recorded_ones_found() -> None:

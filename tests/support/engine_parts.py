@@ -15,6 +15,7 @@ from jaxserve.core.batch import prepare
 from jaxserve.core.buckets import BucketLadder, default_decode_rows, default_mixed_tokens
 from jaxserve.core.cost_model import CostModel, UnknownDevice
 from jaxserve.core.decision_log import DecisionLog
+from jaxserve.core.learning.tuner import Tuner
 from jaxserve.core.predictor import LengthPredictor, MeanLengthPredictor
 from jaxserve.core.probing import Probing
 from jaxserve.core.resume_costs import NO_HOST, HostTier, ResumeCosts
@@ -54,6 +55,7 @@ def make_core(
     recorder: Callable[[Assembly], Recorder] | None = None,
     probing: Probing[Any] | None = None,
     hidden_recorder: HiddenRecorder | None = None,
+    tuner: Callable[[Assembly, CostModel], Tuner] | None = None,
     **scheduler: object,
 ) -> tuple[EngineCore[object], FakeExecutor]:
     """An engine core over a fake executor; ``scheduler`` are fields of `SchedulerConfig`."""
@@ -87,6 +89,7 @@ def make_core(
         recorder=recorder(assembly) if recorder else None,
         probing=probing,
         hidden_recorder=hidden_recorder,
+        tuner=None if tuner is None else tuner(assembly, costs),
     )
     return core, fake  # type: ignore[return-value]
 

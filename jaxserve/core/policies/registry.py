@@ -81,14 +81,20 @@ OWN_VICTIMS = {
 def make_policies(context: PolicyContext) -> Policies:
     """The policies that a configuration names."""
     config = context.config
-    victim = OWN_VICTIMS.get(config.ordering, "latest") if config.victim == "auto" else config.victim
     return Policies(
         ordering=ORDERINGS[config.ordering](context),
         admission=ADMISSIONS[config.batching](context),
         capacity=CAPACITIES[config.capacity](context),
         composition=COMPOSITIONS[config.composition](context),
-        victim=VICTIMS[victim](context),
+        victim=make_victim(context),
     )
+
+
+def make_victim(context: PolicyContext) -> VictimPolicy:
+    """The victim policy that a configuration names, or that goes with its ordering."""
+    config = context.config
+    name = OWN_VICTIMS.get(config.ordering, "latest") if config.victim == "auto" else config.victim
+    return VICTIMS[name](context)
 
 
 REGISTRIES: tuple[dict[str, Callable[[PolicyContext], Any]], ...] = (
