@@ -20,6 +20,7 @@ from jaxserve.core.decision_log import DecisionLog
 from jaxserve.core.draft import Draft
 from jaxserve.core.horizon import loop_steps
 from jaxserve.core.host_traffic import HostTraffic
+from jaxserve.core.integrity import check_slots
 from jaxserve.core.kv_cache_manager import KVCacheManager
 from jaxserve.core.learning.arms import Arm
 from jaxserve.core.observers import Observers
@@ -494,10 +495,4 @@ class Scheduler:
         holders = [*self._running, *self._held]
         self._kv.check_integrity(holders)
         self._host.check_integrity()
-        taken = [request.slot for request in holders if request.slot is not None]
-        slots = sorted([*self._free_slots, *taken])
-        if slots != list(range(self._num_slots)) or len(taken) != len(holders):
-            raise RuntimeError(f"slots are lost or doubled: {slots}")
-        for request in self._waiting:
-            if request.page_ids or request.slot is not None:
-                raise RuntimeError(f"waiting request {request.id} owns pages or a slot")
+        check_slots(holders, self._free_slots, self._num_slots, self._waiting)
