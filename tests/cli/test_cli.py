@@ -117,6 +117,8 @@ def test_flags_reach_the_config(name: str) -> None:
     flag = f"--{name.replace('_', '-')}"
     if name in ("compile_cache", "enable_prefix_caching"):
         argv, expected = [f"--no-{flag[2:]}"], False
+    elif name == "enable_prefix_preloading":
+        argv, expected = [flag], True
     else:
         text, expected = EXAMPLES.get(name, ("7", 7))
         argv = [flag, text]
