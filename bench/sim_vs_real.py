@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
     first, second = part_of(whole, 0), part_of(whole, 1)
     results = Results("sim_vs_real", jax_device(), args.output)
     with real_engine(config, model) as engine:
-        engine.serve(at_once(first), recorded=False)  # a process's first minute is slower than the others
+        engine.serve(at_once(first), recorded=False)  # nothing that is fitted runs for the first time
         like = cluster_like(engine.serve(first, predictor=noisy(first, args.bench_seed)).records)
         for case in args.policies.split(","):
             served = engine.serve(second, predictor=noisy(second, 0), **POLICIES[case])
