@@ -257,8 +257,11 @@ class PrefixCache:
         if not keep:
             self._pool.release(self._tree.forget(path.node, path.num_matched))
             self._drop_host_pages()
-        elif self._preloading is not None:
-            self._preloading.ended(request, path.node, now)
+        if self._preloading is not None:
+            if keep:
+                self._preloading.ended(request, path.node, now)
+            else:
+                self._preloading.failed(request)
 
     def allocate(self, num_pages: int) -> list[int]:
         """Takes free pages, and evicts where there are too few; the caller has checked that it can."""

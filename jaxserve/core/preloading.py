@@ -104,6 +104,10 @@ class Preloading:
             self._num_kept += 1
             self._keep_s += keep_s
 
+    def failed(self, request: Request) -> None:
+        """Hears that a request has left, and none of its pages."""
+        self._sessions.failed(request)
+
     def keep_s(self, session: Session, now: float) -> float:
         """Seconds for which it pays to keep what a turn has left.
 

@@ -81,6 +81,10 @@ class Sessions:
         self._set_timer(session)
         return session
 
+    def failed(self, request: Request) -> None:
+        """Forgets whose turn a request was that has left nothing."""
+        self._active.pop(request, None)
+
     def passed(self, now: float, most: int) -> list[Session]:
         """Sessions whose next turn has not come in another bin, oldest first, no more than so many."""
         found: list[Session] = []

@@ -247,7 +247,7 @@ class EngineCore[Handle]:
         weight = max(_STEP_TIME_WEIGHT, 1.0 / bucket.steps)
         bucket.mean_step_s += weight * (step_s - bucket.mean_step_s)
         decode_steps = len(result.token_ids)
-        if decode_steps and not (self._costs is None and self._tuner is None):  # none: all had stopped before
+        if decode_steps:  # none if all rows had stopped before
             features = features_of(plan)
             if self._costs is not None:
                 self._costs.observe(plan.bucket, features, step_s / decode_steps)

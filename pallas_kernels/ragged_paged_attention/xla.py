@@ -118,16 +118,16 @@ def _attend_rows(
     """Rows of one token, ``[rows, q_heads, head_dim]``; ``position`` int32 ``[rows]``, -1 for none."""
     rows = q.shape[0]
     size = max(_ROWS_TOGETHER, -(-rows // _MAX_BATCHES))
-    if rows <= size or rows % size:
+    if rows <= size:
         return _attend(_QueryBlocks(q[:, None], position[:, None], page_table), kv_pages, variant)[:, 0]
     by_length = jnp.argsort(position)
 
     def attend_batch(batch: jax.Array, out: jax.Array) -> jax.Array:
-        row = jax.lax.dynamic_slice_in_dim(by_length, batch * size, size)
+        row = jax.lax.dynamic_slice_in_dim(by_length, batch * size, size)  # the last may overlap
         blocks = _QueryBlocks(q[row][:, None], position[row][:, None], page_table[row])
         return out.at[row].set(_attend(blocks, kv_pages, variant)[:, 0], unique_indices=True)
 
-    return jax.lax.fori_loop(0, rows // size, attend_batch, jnp.zeros_like(q))
+    return jax.lax.fori_loop(0, -(-rows // size), attend_batch, jnp.zeros_like(q))
 
 
 def _attend_chunks(

@@ -18,6 +18,7 @@ from jaxserve.engine.engine_core import EngineCore
 from jaxserve.request import FinishReason, Request
 from tests.support.engine_parts import ManualClock, make_core, make_request, run_to_end
 from tests.support.fake_executor import FakeExecutor, expected_tokens
+from tests.support.random_traffic import hold_conversations
 
 PAGE, BLOCK = 4, 2
 PAGE_BYTES = 500
@@ -252,8 +253,6 @@ def test_random_conversations_leak_nothing_on_two_tiers(
         ordering=ordering, executor=fake, max_wait_s=0.3, batch_window_s=0.02, max_decode_steps=decode_steps,
         host=tier(blocks, speed), watermark_pages=0, victim="value",
     )  # fmt: skip
-    documents = [[rng.randrange(101) for _ in range(rng.randint(1, 40))] for _ in range(3)]
-    requests: list[Request] = []
 
     def check() -> None:
         core.scheduler.check_integrity()
@@ -264,36 +263,9 @@ def test_random_conversations_leak_nothing_on_two_tiers(
         pool = core.scheduler._host._blocks.pool
         assert pool.num_free + core.scheduler.swap_stats().num_used_blocks + host.num_host_blocks <= blocks
 
-    for index in range(36):
-        before = rng.choice(requests) if requests and rng.random() < 0.5 else None
-        source = rng.choice(documents)
-        if before is not None:
-            source = [*before.prompt_token_ids, *before.output_token_ids]
-        tokens = [
-            *source[: rng.randint(1, len(source))],
-            *(rng.randrange(101) for _ in range(rng.randint(0, 6))),
-        ]
-        request = make_request(
-            f"r{index}", tokens[:60], rng.randint(1, 30), seed=index, arrival=clock.now,
-            client=f"c{index % 2}", priority=rng.randint(-1, 1), cache_salt=rng.choice(["", "", "s"]),
-            stop_token_ids=frozenset({rng.randrange(101)}),
-        )  # fmt: skip
-        requests.append(request)
-        core.add(request)
-        for _ in range(rng.randint(0, 6)):
-            clock.now += rng.choice([0.01, 0.01, 2.0])
-            core.step()
-            check()
-        if rng.random() < abort_rate:
-            core.end(rng.choice(requests).id, FinishReason.ABORT)
-            check()
-    for _ in range(20_000):
-        if not core.has_work:
-            break
-        clock.now += 0.01
-        core.step()
-        check()
-    assert not core.has_work, f"somebody starves: {core.scheduler.stats()}"
+    requests = hold_conversations(
+        core, clock, rng, count=36, abort_rate=abort_rate, pauses_s=(0.01, 0.01, 2.0), check=check
+    )
     for request in requests:
         if request.finish_reason is not FinishReason.ERROR:
             want = expected_tokens(

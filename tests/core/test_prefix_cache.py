@@ -16,6 +16,7 @@ from jaxserve.request import FinishReason, Request
 from tests.support.engine_parts import ManualClock, make_core, make_request, run_to_end
 from tests.support.fake_executor import FakeExecutor, expected_tokens
 from tests.support.prefix_trie import PrefixTrie
+from tests.support.random_traffic import hold_conversations
 
 PAGE = 4
 DEPTHS = (0, 1, 2)
@@ -312,8 +313,6 @@ def test_random_conversations_leak_nothing(
         num_slots=num_slots, num_pages=num_pages, pipeline_depth=depth, batching=batching, clock=clock,
         ordering=ordering, executor=fake, max_wait_s=0.3, batch_window_s=0.02,
     )  # fmt: skip
-    documents = [[rng.randrange(101) for _ in range(rng.randint(1, 40))] for _ in range(3)]
-    requests: list[Request] = []
 
     def check() -> None:
         core.scheduler.check_integrity()
@@ -321,36 +320,9 @@ def test_random_conversations_leak_nothing(
         free = core.scheduler._kv._pool.num_free
         assert free + stats.num_used_pages + stats.num_cached_pages == num_pages - 1
 
-    for index in range(30):
-        before = rng.choice(requests) if requests and rng.random() < 0.4 else None
-        source = rng.choice(documents)
-        if before is not None:
-            source = [*before.prompt_token_ids, *before.output_token_ids]
-        prompt = [
-            *source[: rng.randint(1, len(source))],
-            *(rng.randrange(101) for _ in range(rng.randint(0, 6))),
-        ]
-        request = make_request(
-            f"r{index}", prompt[:60], rng.randint(1, 30), seed=index, arrival=clock.now,
-            client=f"c{index % 2}", priority=rng.randint(-1, 1), cache_salt=rng.choice(["", "", "s"]),
-            stop_token_ids=frozenset({rng.randrange(101)}),
-        )  # fmt: skip
-        requests.append(request)
-        core.add(request)
-        for _ in range(rng.randint(0, 5)):
-            clock.now += 0.01
-            core.step()
-            check()
-        if rng.random() < abort_rate:
-            core.end(rng.choice(requests).id, FinishReason.ABORT)
-            check()
-    for _ in range(20_000):
-        if not core.has_work:
-            break
-        clock.now += 0.01
-        core.step()
-        check()
-    assert not core.has_work, f"somebody starves: {core.scheduler.stats()}"
+    requests = hold_conversations(
+        core, clock, rng, count=30, abort_rate=abort_rate, pauses_s=(0.01,), check=check
+    )
     assert core.scheduler.stats().num_used_pages == 0
     assert_right_tokens([r for r in requests if r.finish_reason is not FinishReason.ERROR])
     core.scheduler._kv._cache.evict(num_pages)  # type: ignore[union-attr]

@@ -12,8 +12,9 @@ from jaxserve.core.preloading import PreloadingStats
 from jaxserve.core.resume_costs import HostTier
 from jaxserve.core.return_times import BIN_ENDS, NUM_BINS, ReturnTimes, bin_of
 from jaxserve.engine.engine_core import EngineCore
-from jaxserve.request import Request
+from jaxserve.request import FinishReason, Request
 from tests.support.engine_parts import ManualClock, make_core, make_request, run_to_end
+from tests.support.fake_executor import FakeExecutor
 
 PAGE = 4
 TIER = HostTier(64, 2, 1000, 1e12)
@@ -197,3 +198,14 @@ def test_too_few_children_or_hits_are_not_promoted() -> None:
         rare.ask([*system, *(rare.rng.randrange(101) for _ in range(PAGE + 1))], 1)
         rare.clock.now += 30.0
     assert rare.stats()[0].num_promotions == 0, "two hits a minute"
+
+
+def test_a_turn_that_fails_is_forgotten() -> None:
+    """Nobody keeps hold of a request whose logits were not finite; its pages are nobody's."""
+    service = Service(executor=FakeExecutor(4, PAGE, bad_requests=frozenset({"r2"})))
+    first = service.ask([service.rng.randrange(101) for _ in range(5 * PAGE)])
+    next_turn = service.ask([*first.prompt_token_ids, *first.output_token_ids, 1, 2])
+    assert next_turn.finish_reason is FinishReason.ERROR
+    assert service.stats()[1].num_returns == 1, "it was a next turn"
+    sessions = service.core.scheduler._kv._cache._preloading._sessions  # type: ignore[union-attr]
+    assert not sessions._active

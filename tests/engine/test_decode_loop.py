@@ -19,7 +19,6 @@ from jaxserve.platforms.cpu import Cpu
 from jaxserve.runner.compile_counter import compile_counter
 from jaxserve.runner.sampler import SamplingKind
 from tests.support.byte_tokenizer import END_ID
-from tests.support.tiny_checkpoint import write_tiny_checkpoint
 
 STEPS = 8
 OPTIONS: dict[str, Any] = {
@@ -36,11 +35,6 @@ OPTIONS: dict[str, Any] = {
 }
 TIGHT = {"num_pages": 17, "max_model_len": 128, "watermark": 0.0}
 NUM_TOKENS = 20
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_checkpoint(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="module")

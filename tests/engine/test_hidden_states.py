@@ -31,7 +31,7 @@ from jaxserve.runner.length_head import (
 )
 from tests.support.decoder_run import DenseAttend, empty_cache
 from tests.support.engine_parts import make_copies_free
-from tests.support.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
+from tests.support.tiny_checkpoint import TINY_CONFIG
 
 OPTIONS: dict[str, Any] = {
     "dtype": "float32",
@@ -48,11 +48,6 @@ OPTIONS: dict[str, Any] = {
 PROMPTS = [[i * 7 % 250 + j for j in range(n)] for i, n in enumerate((1, 5, 9, 33, 40, 64, 3, 17))]
 LONGEST = 110
 PARAMS = SamplingParams(temperature=1.0, seed=3, max_tokens=40)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_checkpoint(tmp_path_factory.mktemp("models") / "tiny")
 
 
 def answers(llm: LLM) -> list[list[int]]:

@@ -11,12 +11,6 @@ import pytest
 from jaxserve import LLM, SamplingParams
 from jaxserve.outputs import RequestOutput
 from tests.engine.test_tiny_model import PLAIN, TIGHT
-from tests.support.tiny_checkpoint import write_tiny_checkpoint
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_checkpoint(tmp_path_factory.mktemp("models") / "tiny")
 
 
 def conversations(llm: LLM) -> list[list[int]]:

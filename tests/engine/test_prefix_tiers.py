@@ -16,29 +16,11 @@ from jaxserve.engine.build import load_model, make_core, make_engine, make_runne
 from jaxserve.engine.journals import Journals
 from jaxserve.engine.recording import read_recording
 from jaxserve.simulator.replay import replay
-from tests.engine.test_tiny_model import OPTIONS
-from tests.support.engine_parts import make_copies_free
-from tests.support.tiny_checkpoint import write_tiny_checkpoint
+from tests.engine.test_swap import PRESSED
 
-SMALL: dict[str, Any] = OPTIONS | {
-    "num_pages": 28,
-    "max_model_len": 168,
-    "watermark": 0.0,
-    "row_buckets": (6,),
-    "token_buckets": (32,),
-    "host_kv_bytes": 1 << 22,
-}
-SMALL.pop("use_tqdm")
+pytestmark = pytest.mark.usefixtures("free_copies")
 
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_checkpoint(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture(autouse=True)
-def _copies_are_free(monkeypatch: pytest.MonkeyPatch) -> None:  # pyright: ignore[reportUnusedFunction]
-    make_copies_free(monkeypatch)
+SMALL: dict[str, Any] = PRESSED | {"num_pages": 28}
 
 
 def conversations(llm: LLM) -> list[list[int]]:

@@ -17,8 +17,8 @@ from jaxserve.engine.recording import read_recording
 from jaxserve.errors import ConfigError
 from jaxserve.simulator.replay import replay
 from tests.engine.test_tiny_model import OPTIONS
-from tests.support.engine_parts import make_copies_free
-from tests.support.tiny_checkpoint import write_tiny_checkpoint
+
+pytestmark = pytest.mark.usefixtures("free_copies")
 
 PRESSED: dict[str, Any] = OPTIONS | {
     "num_pages": 24,
@@ -29,16 +29,6 @@ PRESSED: dict[str, Any] = OPTIONS | {
     "host_kv_bytes": 1 << 22,
 }
 PRESSED.pop("use_tqdm")
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_checkpoint(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture(autouse=True)
-def _copies_are_free(monkeypatch: pytest.MonkeyPatch) -> None:  # pyright: ignore[reportUnusedFunction]
-    make_copies_free(monkeypatch)
 
 
 def work() -> tuple[list[list[int]], list[SamplingParams]]:

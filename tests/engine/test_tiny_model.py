@@ -21,7 +21,6 @@ from jaxserve.runner.compile_counter import compile_counter
 from jaxserve.runner.programs import Programs
 from jaxserve.runner.sampler import SamplingKind, kind_of
 from tests.support.byte_tokenizer import END_ID
-from tests.support.tiny_checkpoint import write_tiny_checkpoint
 
 OPTIONS: dict[str, Any] = {
     "dtype": "float32",
@@ -40,11 +39,6 @@ OPTIONS: dict[str, Any] = {
 PLAIN: dict[str, Any] = OPTIONS | {"row_buckets": (6,), "token_buckets": (32,)}
 TIGHT: dict[str, Any] = {"num_pages": 20, "max_model_len": 128}
 slow = pytest.mark.nightly
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_checkpoint(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="module")

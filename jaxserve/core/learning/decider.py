@@ -85,18 +85,19 @@ class Decider:
         self._epoch += 1
         estimates = self._bandit.estimates(features)
         means, bonuses = tuple(estimates.means.tolist()), tuple(estimates.bonuses.tolist())
-        choose = self._choose_frozen if is_frozen else self._choose
-        arm, propensity, reason = choose(means, bonuses, safe)
+        arm, propensity, reason = self._choose(means, bonuses, safe, is_frozen=is_frozen)
         return Decision(arm, propensity, reason, means, bonuses)
 
     def _choose(
-        self, means: Sequence[float], bonuses: Sequence[float], safe: Sequence[int]
+        self, means: Sequence[float], bonuses: Sequence[float], safe: Sequence[int], *, is_frozen: bool
     ) -> tuple[int, float, str]:
-        if self._rest_epochs > 0:
+        if self._rest_epochs > 0 and not is_frozen:
             self._rest_epochs -= 1
             return DEFAULT, 1.0, "rest"
         if not safe:
             return DEFAULT, 1.0, "unsafe"
+        if is_frozen:
+            return max(safe, key=lambda arm: means[arm]), 1.0, "frozen"
         best = max(safe, key=lambda arm: means[arm] + bonuses[arm])
         chance = random.Random(f"{self._seed}/{self._epoch}")
         explores = chance.random() < EXPLORATION
@@ -104,12 +105,3 @@ class Decider:
         share = EXPLORATION / len(safe)
         propensity = share + (1.0 - EXPLORATION if arm == best else 0.0)
         return arm, propensity, "explored" if explores else "best"
-
-    @staticmethod
-    def _choose_frozen(
-        means: Sequence[float], bonuses: Sequence[float], safe: Sequence[int]
-    ) -> tuple[int, float, str]:
-        del bonuses  # nothing will be found out
-        if not safe:
-            return DEFAULT, 1.0, "unsafe"
-        return max(safe, key=lambda arm: means[arm]), 1.0, "frozen"

@@ -206,16 +206,17 @@ class Tuner:
         arms = [arm.to_json() for arm in self._arms]
         return {"version": VERSION, "arms": arms, "features": list(FEATURES), "seed": self._options.seed}
 
-    def restore(self, records: Sequence[Mapping[str, Any]]) -> int:
-        """Goes through a log again, as after a restart; returns how many of its decisions were not the same.
+    def restore(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Goes through a log again, as after a restart.
 
-        Any other number than 0 means that priors or the program changed; what was learnt counts all the same.
+        `stats` counts the decisions that were not the same (``differing``): any means that priors or the
+        program changed. What was learnt counts all the same.
 
         Raises:
             ConfigError: for a log of other arms, features or seed.
         """
         if not records:
-            return 0
+            return
         header = self._header()
         for name, expected in header.items():
             if records[0].get(name) != expected:
@@ -223,18 +224,16 @@ class Tuner:
                     f"learning_log: its {name} is {records[0].get(name)!r}, this engine's is {expected!r}; "
                     "name another file"
                 )
-        differing = 0
         for record in records[1:]:
             _, decision = self._advance(record)
-            differing += decision.arm != record["decision"]["arm"]
+            self._counts["differing"] += decision.arm != record["decision"]["arm"]
         self._wrote_header = True
         self._features = None  # of an epoch that never ended
-        return differing
 
     def stats(self) -> dict[str, Any]:
         """Counters, for people and metrics."""
         counts = self._counts
-        names = ("epochs", "learnt", "bad", "best", "explored", "rest", "unsafe", "frozen")
+        names = ("epochs", "learnt", "bad", "best", "explored", "rest", "unsafe", "frozen", "differing")
         return {
             "arm": self.arm.name,
             **{name: counts[name] for name in names},
