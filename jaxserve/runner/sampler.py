@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxserve.core.plan import Admission
+from jaxserve.pallas_kernels.sampling.noise import gumbel
 from jaxserve.request import SamplingParams
 from jaxserve.runner.token_filters import UNBRANCHED, UNTIL_DECIDED, Search, keep_mask
 from jaxserve.validation import MAX_LOGIT_BIAS_ENTRIES, MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
@@ -29,7 +30,6 @@ MAX_STOP_IDS = MAX_STOP_TOKEN_IDS + 16
 
 _ARGMAX_BLOCK = 128
 _SMALLEST_TOP_P = 1e-30
-_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 
 class SamplingKind(enum.IntEnum):
@@ -325,7 +325,8 @@ def _draw(
     """Draws from the filtered distribution by the Gumbel-max trick, [R]."""
     scaled = _temper(logits, state, draws)
     kept = keep_mask(scaled, state, draws, search)
-    noise = gumbel_noise(state.seed, num_tokens, logits.shape[1])
+    token = jax.lax.broadcasted_iota(jnp.uint32, logits.shape, 1)
+    noise = gumbel(state.seed[:, None], num_tokens.astype(jnp.uint32)[:, None], token)
     perturbed = jnp.where(kept, scaled + noise, -jnp.inf)
     return _argmax(perturbed)
 
@@ -334,40 +335,6 @@ def _temper(logits: jax.Array, state: SamplingState, draws: jax.Array) -> jax.Ar
     """Logits over temperature, shifted so that the best is 0: no temperature makes them overflow."""
     temperature = jnp.where(draws, state.temperature, 1.0)[:, None]
     return (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature
-
-
-def gumbel_noise(seed: jax.Array, position: jax.Array, vocab: int) -> jax.Array:
-    """Standard Gumbel noise, float32 [R, vocab], that depends on (seed, position, token id) and nothing else.
-
-    Threefry-2x32 (Salmon et al. 2011) keyed by seed and position and counted by token id, written out here
-    because then XLA makes one loop of it: `jax.random` keeps every round's words in memory on a CPU, which
-    takes 2.5 times as long.
-
-    Args:
-        seed: uint32 [R].
-        position: int32 [R].
-        vocab: number of tokens.
-    """
-    token = jax.lax.broadcasted_iota(jnp.uint32, (seed.shape[0], vocab), 1)
-    words = threefry(seed[:, None], position.astype(jnp.uint32)[:, None], token, jnp.zeros_like(token))
-    # 23 bits, and halves: exact in float32. A 1 would be infinite noise: drawn, whatever its logit.
-    uniform = ((words[0] >> 9).astype(jnp.float32) + 0.5) * 2.0**-23
-    return -jnp.log(-jnp.log(uniform))
-
-
-def threefry(
-    key0: jax.Array, key1: jax.Array, counter0: jax.Array, counter1: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Threefry-2x32 with 20 rounds, elementwise on uint32."""
-    keys = (key0, key1, key0 ^ key1 ^ jnp.uint32(0x1BD11BDA))
-    x0, x1 = counter0 + keys[0], counter1 + keys[1]
-    for group in range(5):
-        for rotation in _ROTATIONS[group % 2]:
-            x0 = x0 + x1
-            x1 = x0 ^ ((x1 << rotation) | (x1 >> (32 - rotation)))
-        x0 = x0 + keys[(group + 1) % 3]
-        x1 = x1 + keys[(group + 2) % 3] + jnp.uint32(group + 1)
-    return x0, x1
 
 
 def _report(

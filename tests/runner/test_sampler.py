@@ -11,16 +11,15 @@ import numpy as np
 import pytest
 
 from jaxserve.core.plan import Admission
+from jaxserve.pallas_kernels.sampling import noise as noise_module
+from jaxserve.pallas_kernels.sampling.noise import gumbel, threefry
 from jaxserve.request import SamplingParams
-from jaxserve.runner import sampler
 from jaxserve.runner.sampler import (
     MAX_STOP_IDS,
     Sampled,
     SamplingState,
-    gumbel_noise,
     sample,
     sampling_rows,
-    threefry,
 )
 from jaxserve.runner.token_filters import UNBRANCHED, UNTIL_DECIDED, Search, keep_mask
 from tests.support import sampling_oracle
@@ -230,7 +229,8 @@ def test_threefry_equals_its_published_vectors() -> None:
 
 
 def test_gumbel_noise_is_finite_and_has_its_mean_and_variance() -> None:
-    noise = np.asarray(gumbel_noise(jnp.arange(20, dtype=jnp.uint32), jnp.full(20, 7, jnp.int32), 10_000))
+    seeds, tokens = jnp.arange(20, dtype=jnp.uint32), jnp.arange(10_000, dtype=jnp.uint32)
+    noise = np.asarray(gumbel(seeds[:, None], jnp.uint32(7), tokens[None]))
     assert np.isfinite(noise).all()
     assert abs(noise.mean() - np.euler_gamma) < 0.015
     assert abs(noise.var() - np.pi**2 / 6) < 0.05
@@ -239,8 +239,8 @@ def test_gumbel_noise_is_finite_and_has_its_mean_and_variance() -> None:
 @pytest.mark.parametrize("word", [0, 0xFFFFFFFF])
 def test_no_word_makes_infinite_noise(word: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Infinite noise would draw a token whatever its logit: at 262,144 tokens, in one draw of 64."""
-    monkeypatch.setattr(sampler, "threefry", lambda *keys: (jnp.full_like(keys[2], word), keys[3]))
-    noise = gumbel_noise(jnp.zeros(1, jnp.uint32), jnp.ones(1, jnp.int32), 3)
+    monkeypatch.setattr(noise_module, "threefry", lambda *keys: (jnp.full_like(keys[2], word), keys[3]))
+    noise = gumbel(jnp.uint32(0), jnp.uint32(1), jnp.arange(3, dtype=jnp.uint32))
     assert np.isfinite(np.asarray(jax.jit(lambda: noise)())).all()
 
 
