@@ -21,6 +21,7 @@ import numpy as np
 
 from jaxserve.core.plan import Admission
 from jaxserve.pallas_kernels.sampling.noise import gumbel
+from jaxserve.pallas_kernels.sampling.triton import Draws, draw_tokens
 from jaxserve.request import SamplingParams
 from jaxserve.runner.token_filters import UNBRANCHED, UNTIL_DECIDED, Search, keep_mask
 from jaxserve.validation import MAX_LOGIT_BIAS_ENTRIES, MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
@@ -152,7 +153,14 @@ def sampling_rows(admissions: Sequence[Admission], count: int) -> SamplingState:
     return SamplingState(**columns)
 
 
-def sample(logits: jax.Array, state: SamplingState, tokens: jax.Array, num_tokens: jax.Array) -> Sampled:
+def sample(
+    logits: jax.Array,
+    state: SamplingState,
+    tokens: jax.Array,
+    num_tokens: jax.Array,
+    *,
+    uses_kernel: bool = False,
+) -> Sampled:
     """Chooses the next token of every row; jitted as part of a step.
 
     Args:
@@ -161,6 +169,7 @@ def sample(logits: jax.Array, state: SamplingState, tokens: jax.Array, num_token
         tokens: int32 [R, L]; the rows' histories, prompt and output.
         num_tokens: int32 [R]; how many of ``tokens`` are valid, which is the position of the token sampled
             here. A row with 0 is padding: it gets a token, which means nothing.
+        uses_kernel: one kernel draws, which wants an NVIDIA GPU, with the logits whole on it.
     """
     active = num_tokens > 0
     # Looked for on its own: XLA's maximum drops NaN on a CPU (jax 0.11.2).
@@ -172,7 +181,9 @@ def sample(logits: jax.Array, state: SamplingState, tokens: jax.Array, num_token
         edited = _edit_logits(logits, state, tokens, num_tokens, edits)
         greedy = _argmax(edited)
         drawn = jax.lax.cond(
-            jnp.any(draws), lambda: _draw(edited, state, num_tokens, draws, UNTIL_DECIDED), lambda: greedy
+            jnp.any(draws),
+            lambda: _draw(edited, state, num_tokens, draws, None if uses_kernel else UNTIL_DECIDED),
+            lambda: greedy,
         )
         return jnp.where(draws, drawn, greedy)
 
@@ -196,16 +207,19 @@ def take_best(logits: jax.Array) -> Sampled:
     return _unreported(logits, _argmax(logits))
 
 
-def draw(logits: jax.Array, state: SamplingState, num_tokens: jax.Array) -> Sampled:
+def draw(
+    logits: jax.Array, state: SamplingState, num_tokens: jax.Array, *, uses_kernel: bool = False
+) -> Sampled:
     """What `sample` gives for rows of kinds `GREEDY` and `DRAWN`, with no branch in it.
 
     Args:
         logits: float32 [R, V].
         state: the rows' parameters.
         num_tokens: int32 [R]; as for `sample`.
+        uses_kernel: as for `sample`.
     """
     draws = (num_tokens > 0) & (state.temperature > 0.0)
-    drawn = _draw(logits, state, num_tokens, draws, UNBRANCHED)
+    drawn = _draw(logits, state, num_tokens, draws, None if uses_kernel else UNBRANCHED)
     return _unreported(logits, jnp.where(draws, drawn, _argmax(logits)))
 
 
@@ -320,9 +334,13 @@ def _penalise(logits: jax.Array, state: SamplingState, tokens: jax.Array, num_to
 
 
 def _draw(
-    logits: jax.Array, state: SamplingState, num_tokens: jax.Array, draws: jax.Array, search: Search
+    logits: jax.Array, state: SamplingState, num_tokens: jax.Array, draws: jax.Array, search: Search | None
 ) -> jax.Array:
-    """Draws from the filtered distribution by the Gumbel-max trick, [R]."""
+    """Draws from the filtered distribution by the Gumbel-max trick, [R]; without a search by the kernel."""
+    if search is None:
+        temperature = jnp.where(draws, state.temperature, 0.0)
+        filters = (state.top_k, state.top_p, state.min_p)
+        return draw_tokens(logits, Draws(temperature, *filters, state.seed, num_tokens))[0]
     scaled = _temper(logits, state, draws)
     kept = keep_mask(scaled, state, draws, search)
     token = jax.lax.broadcasted_iota(jnp.uint32, logits.shape, 1)

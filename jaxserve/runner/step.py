@@ -177,6 +177,8 @@ def _make_forward(
     hidden_layers: tuple[int, ...],
 ) -> _ForwardFn:
     """One pass of the model over the rows, and a token for each that samples."""
+    devices = placement.mesh.devices
+    uses_kernel = devices.size == 1 and devices.flat[0].platform == "gpu"
 
     def forward(
         params: Params, caches: Caches, slots: SlotState, rows: _StepRows
@@ -209,10 +211,11 @@ def _make_forward(
             case SamplingKind.GREEDY:
                 sampled = take_best(logits)
             case SamplingKind.DRAWN:
-                sampled = draw(logits, take_sampling(slots.sampling, slot), position)
+                sampled = draw(logits, take_sampling(slots.sampling, slot), position, uses_kernel=uses_kernel)
             case SamplingKind.ANY:
                 sampling = take_sampling(slots.sampling, slot)
-                sampled = sample(logits, sampling, take(slots.tokens, slot), position)
+                histories = take(slots.tokens, slot)
+                sampled = sample(logits, sampling, histories, position, uses_kernel=uses_kernel)
         tokens = write_sampled(slots.tokens, slot, end, sampled.token_ids, samples)
         return caches, dataclasses.replace(slots, tokens=tokens), sampled
 

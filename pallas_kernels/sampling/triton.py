@@ -24,7 +24,7 @@ from jaxserve.pallas_kernels.sampling.noise import gumbel
 _BLOCK = 4096  # logits that a program looks at together
 _NUM_WARPS = 8
 _BITS = 3  # of the range that a pass of the search decides
-_LOWEST_KEY = -(2**31)
+_MASKED, _BROKEN = 1, 2
 _HIGHEST_KEY = 2**31 - 1
 
 
@@ -53,9 +53,12 @@ def draw_tokens(logits: jax.Array, draws: Draws, *, interpret: bool = False) -> 
         interpret: runs in Pallas's interpreter, on any device.
 
     Returns:
-        Token ids int32 [R], and bool [R]: False if a row holds a NaN or an infinity; its token is then 0.
+        Token ids int32 [R], and bool [R]: False if a row holds a NaN or an infinity. Minus infinity is never
+        drawn, and the token is right all the same; with a NaN or plus infinity, or nothing else, it is 0.
     """
     rows, vocab = logits.shape
+    # Triton's lowering takes an array of weak type (a jnp.full's) for a Python number.
+    draws = Draws(*(array.astype(array.dtype) for array in draws))
     ids, finite = pl.pallas_call(
         functools.partial(_body, vocab=vocab, block=min(_BLOCK, pl.next_power_of_2(vocab))),
         out_shape=(jax.ShapeDtypeStruct((rows,), jnp.int32), jax.ShapeDtypeStruct((rows,), jnp.int32)),
@@ -86,17 +89,18 @@ def _body(
 
     def first(index, x, best, at, bad):
         better = x > best
-        bad |= ((index < vocab) & ~(jnp.abs(x) < jnp.inf)).astype(jnp.int32)
+        bad |= jnp.where((index < vocab) & (x == -jnp.inf), _MASKED, 0)
+        bad |= jnp.where(x < jnp.inf, 0, _BROKEN)
         return jnp.where(better, x, best), jnp.where(better, index, at), bad
 
     nothing = jnp.full((block,), -jnp.inf, jnp.float32)
     nowhere = jnp.zeros((block,), jnp.int32)
     best, at, bad = over_row(first, nothing, nowhere, nowhere)
-    is_finite = jnp.max(bad) == 0
     top = jnp.max(best)
+    is_whole = (jnp.max(bad) < _BROKEN) & (top > -jnp.inf)
     temperature = temperature_ref[row]
     greedy = _lowest(best, at, top)
-    draws = is_finite & (temperature > 0.0)
+    draws = is_whole & (temperature > 0.0)
     scale = jnp.where(draws, temperature, 1.0)
 
     def scaled(x):
@@ -175,8 +179,8 @@ def _body(
 
     start = (greedy, jnp.float32(-jnp.inf), jnp.float32(-1.0), ~draws)
     token = lax.while_loop(lambda carry: ~carry[-1], ask, start)[0]
-    plt.store(ids_ref.at[row], jnp.where(is_finite, token, 0))
-    plt.store(finite_ref.at[row], is_finite.astype(jnp.int32))
+    plt.store(ids_ref.at[row], jnp.where(is_whole, token, 0))
+    plt.store(finite_ref.at[row], (jnp.max(bad) == 0).astype(jnp.int32))
 
 
 def _lowest(values, at, best):

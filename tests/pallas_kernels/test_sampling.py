@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ def _draws(rng: np.random.Generator, **columns: np.ndarray) -> Draws:
         "seed": rng.integers(0, 2**32, _ROWS, dtype=np.uint32),
         "position": rng.integers(1, 9999, _ROWS),
     } | columns
-    dtypes = dict.fromkeys(("temperature", "top_p", "min_p"), np.float32)
+    dtypes: dict[str, Any] = dict.fromkeys(("temperature", "top_p", "min_p"), np.float32)
     return Draws(**{name: jnp.asarray(made[name], dtypes.get(name)) for name in Draws._fields})
 
 
@@ -41,7 +42,7 @@ def _by_xla(logits: np.ndarray, draws: Draws) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(sampled.token_ids), np.asarray(sampled.finite)
 
 
-_by_kernel = jax.jit(functools.partial(draw_tokens, interpret=True))
+_by_kernel = jax.jit(functools.partial(draw_tokens, interpret=jax.default_backend() != "gpu"))
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -54,8 +55,31 @@ def test_draws_what_the_sampler_draws(seed: int) -> None:
     tokens, finite = _by_kernel(logits, draws)
     expected, expected_finite = _by_xla(logits, draws)
     np.testing.assert_array_equal(finite, expected_finite)
-    np.testing.assert_array_equal(tokens, expected)
+    np.testing.assert_array_equal(np.where(finite, tokens, 0), expected)
     assert not finite[7:10].any() and finite[:7].all()
+
+
+def test_what_is_masked_is_never_drawn_and_changes_nothing_else() -> None:
+    rng = np.random.default_rng(5)
+    logits, draws = _logits(rng), _draws(rng)
+    best = np.argsort(logits, axis=1)[:, -3:]
+    np.put_along_axis(logits, best, -1e30, axis=1)
+    expected = np.asarray(_by_kernel(logits, draws)[0])
+    np.put_along_axis(logits, best, -np.inf, axis=1)
+    logits[2] = -np.inf
+    tokens, finite = (np.asarray(result) for result in _by_kernel(logits, draws))
+    assert not finite.any() and tokens[2] == 0
+    others = np.arange(_ROWS) != 2
+    np.testing.assert_array_equal(tokens[others], expected[others])
+    assert not (tokens[others, None] == best[others]).any()
+
+
+def test_arrays_of_weak_type_are_arrays() -> None:
+    rng = np.random.default_rng(6)
+    logits, draws = _logits(rng), _draws(rng, top_p=np.full(_ROWS, 0.9))
+    weak = draws._replace(top_p=jnp.full(_ROWS, 0.9))
+    assert weak.top_p.weak_type
+    np.testing.assert_array_equal(_by_kernel(logits, weak)[0], _by_kernel(logits, draws)[0])
 
 
 def test_each_filter_alone_keeps_what_it_says() -> None:
@@ -79,8 +103,9 @@ def test_each_filter_alone_keeps_what_it_says() -> None:
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
 def test_lowers_for_an_h100() -> None:
-    shape = jax.ShapeDtypeStruct
-    rows = {name: shape((256,), jnp.float32) for name in ("temperature", "top_p", "min_p")}
+    shape: Any = jax.ShapeDtypeStruct
+    rows: dict[str, Any] = {name: shape((256,), jnp.float32) for name in ("temperature", "top_p", "min_p")}
+    rows["top_p"] = shape((256,), jnp.float32, weak_type=True)  # as of a jnp.full
     rows |= {name: shape((256,), jnp.int32) for name in ("top_k", "position")}
     h100 = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
     mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=h100)
