@@ -45,6 +45,22 @@ class DuplicateRequestError(ValidationError):
     """A request with this id is still alive."""
 
 
+class StorageError(JaxserveError):
+    """A file or folder could not be written, for want of room or of permission; no half of it is left.
+
+    Attributes:
+        reason: in the system's words.
+    """
+
+    def __init__(self, path: object, reason: str) -> None:
+        self.reason = reason
+        super().__init__(f"{path}: cannot be written: {reason}")
+
+
+class StepFailedError(JaxserveError):
+    """An executor could not run a step, and has recovered: it holds nothing of any request any more."""
+
+
 class QueueFullError(JaxserveError):
     """The waiting queue is full; try again after ``retry_after_s`` seconds."""
 

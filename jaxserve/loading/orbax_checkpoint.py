@@ -17,6 +17,7 @@ import numpy.typing as npt
 from jax.sharding import NamedSharding
 
 from jaxserve.errors import CheckpointError
+from jaxserve.files import cannot_write
 from jaxserve.loading.json_files import read_json
 from jaxserve.loading.source import ORBAX_MARKER
 from jaxserve.loading.unfuse import unfuse
@@ -29,11 +30,14 @@ _GROUP_BYTES = 512 * 2**20  # restored at a time: the host holds no more, and th
 
 
 def save(folder: Path, params: Params, hf_config: Mapping[str, Any]) -> None:
-    """Writes parameters and config into an existing folder; the marker comes last."""
+    """Writes parameters and config into an existing folder; the marker comes last. Raises StorageError."""
     import orbax.checkpoint as ocp
 
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        checkpointer.save((folder / _PARAMS).absolute(), params)
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            checkpointer.save((folder / _PARAMS).absolute(), params)
+    except (OSError, ValueError, RuntimeError) as error:  # TensorStore's own come as the latter two
+        raise cannot_write(folder / _PARAMS, error) from error
     (folder / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n", encoding="utf-8")
     marker = {"format": "jaxserve parameters", "version": _FORMAT_VERSION}
     (folder / ORBAX_MARKER).write_text(json.dumps(marker) + "\n", encoding="utf-8")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import re
 from pathlib import Path
 from typing import Any, Literal
 
 from jaxserve.errors import CheckpointError, ModelNotFoundError
+from jaxserve.files import cannot_write
 from jaxserve.loading import catalogue
 from jaxserve.loading.checkpoint import Checkpoint
 from jaxserve.loading.json_files import read_json
@@ -113,6 +115,8 @@ def _download(name: str, revision: str | None) -> Path:
             name, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_LEFT_OUT
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise cannot_write(Path(error.filename or name), error) from error
         at = f" --revision {revision}" if revision else ""
         raise ModelNotFoundError(
             f"model={name!r}: not a local path, and the hub could not be read ({_first_line(error)}). "

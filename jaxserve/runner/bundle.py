@@ -19,6 +19,7 @@ import jax
 
 from jaxserve.config import EngineConfig, flat_fields
 from jaxserve.errors import ConfigError
+from jaxserve.files import whole_file
 from jaxserve.models.config import DecoderConfig
 from jaxserve.runner.resolve import ResolvedConfig
 
@@ -78,9 +79,10 @@ def make_manifest(
 
 
 def write_manifest(manifest: Manifest, bundle: Path) -> None:
-    """Writes the manifest, last: a folder without one is no bundle."""
+    """Writes the manifest, last: a folder without one is no bundle. Raises StorageError."""
     content = {"format": _FORMAT, **dataclasses.asdict(manifest)}
-    (bundle / MANIFEST).write_text(json.dumps(content, indent=2) + "\n")
+    with whole_file(bundle / MANIFEST) as scratch:
+        scratch.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def read_manifest(bundle: Path) -> Manifest:

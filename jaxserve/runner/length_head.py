@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from jaxserve.errors import ConfigError
+from jaxserve.files import write_safetensors
 from jaxserve.models.config import DecoderConfig
 
 # A safetensors file, but not by its name: a model's folder is searched for those.
@@ -119,7 +119,7 @@ def head_places(model_path: Path | None, cache_dir: Path, identity: str) -> list
 
 
 def save_head(head: LengthHead, path: Path) -> None:
-    """Writes a head to a safetensors file."""
+    """Writes a head to a safetensors file. Raises StorageError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {
         "format": _FORMAT,
@@ -127,7 +127,7 @@ def save_head(head: LengthHead, path: Path) -> None:
         "layers": json.dumps(head.layers),
         "training": json.dumps(dict(head.training)),
     }
-    save_file({name: np.asarray(value) for name, value in head.params.items()}, path, metadata)
+    write_safetensors({name: np.asarray(value) for name, value in head.params.items()}, path, metadata)
 
 
 def load_head(path: Path, identity: str) -> LengthHead:

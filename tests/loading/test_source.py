@@ -1,8 +1,10 @@
 """Names and paths of models."""
 
+import errno
+
 import pytest
 
-from jaxserve.errors import CheckpointError, ModelNotFoundError
+from jaxserve.errors import CheckpointError, ModelNotFoundError, StorageError
 from jaxserve.loading import catalogue
 from jaxserve.loading.source import resolve_model
 from tests.support.gguf_files import write_gguf
@@ -67,6 +69,15 @@ def test_one_revision_and_only_what_is_needed_from_the_hub(tmp_path, monkeypatch
     assert resolve_model("org/name", tmp_path, "abc123").kind == "safetensors"
     assert (asked["name"], asked["revision"]) == ("org/name", "abc123")
     assert not any("bin" in pattern or "py" in pattern for pattern in asked["allow_patterns"])
+
+
+def test_a_full_disk_is_not_called_a_missing_network(tmp_path, monkeypatch):
+    def download(name, **_):
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "blob"))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(StorageError, match=r"blob: cannot be written: No space left on device$"):
+        resolve_model("org/name", tmp_path)
 
 
 def test_offline_the_message_says_what_to_run(tmp_path):
