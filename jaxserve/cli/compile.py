@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,11 +48,20 @@ def _compile(config: EngineConfig, platform: str, topology: str, output: Path | 
         if output.exists():
             raise ConfigError(f"output={output}: exists already; give a new folder")
         output.mkdir(parents=True, mode=0o700)
-    from jaxserve.engine.build import use_compile_cache
+    try:
+        return _compile_to(config, platform, topology, output)
+    except BaseException:
+        if output is not None:  # half a bundle is none
+            shutil.rmtree(output, ignore_errors=True)
+        raise
+
+
+def _compile_to(config: EngineConfig, platform: str, topology: str, output: Path | None) -> int:
     from jaxserve.loading.source import read_architecture
     from jaxserve.models.registry import find_family
     from jaxserve.runner.ahead_of_time import compile_steps, plan_engine
     from jaxserve.runner.bundle import make_manifest, programs_folder, write_manifest
+    from jaxserve.runner.compile_cache import keeping_every_program, seal, use_compile_cache
     from jaxserve.runner.model_runner import admission_sizes
 
     devices, make_platform = _target(platform, topology)
@@ -60,11 +71,15 @@ def _compile(config: EngineConfig, platform: str, topology: str, output: Path | 
     device = planned.placement.mesh.devices.flat[0]
     limit = _memory(platform, device)
     _print_plan(planned, resolved, device.device_kind, limit)
+    keeping: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if output is not None:
         use_compile_cache(programs_folder(output))
-    compile_steps(config, planned, resolved, (), admission_sizes(resolved.num_slots))
-    fits = [_print_step(report, limit) for report in _compile_steps(config, planned, resolved)]
+        keeping = keeping_every_program(output)
+    with keeping:
+        compile_steps(config, planned, resolved, (), admission_sizes(resolved.num_slots))
+        fits = [_print_step(report, limit) for report in _compile_steps(config, planned, resolved)]
     if output is not None:
+        seal(programs_folder(output))
         write_manifest(make_manifest(config, resolved, model, device.device_kind, topology), output)
         print(f"bundle       {output}: jaxserve serve --bundle {output} ...")
     return 0 if all(fits) else 1

@@ -55,6 +55,9 @@ class Executor[Handle](Protocol):
 
     Order is the contract that makes freeing safe: a page or slot given up by one plan may be given to a
     request in a later plan at once, because every step that still touches it was dispatched before.
+
+    Either method may raise `jaxserve.errors.StepFailedError` for a step that the device could not run. All
+    steps in flight are lost then, with what any page or slot held, and the next step may be dispatched.
     """
 
     def dispatch(self, batch: StepBatch) -> Handle:

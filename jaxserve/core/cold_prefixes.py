@@ -260,6 +260,17 @@ class ColdPrefixes:
                 self._landed.append(load)
                 self._tree.unlock(load.end)
 
+    def forget(self) -> None:
+        """Ends every load, done or not; nobody may wait for one. The tree's owner takes their pages out."""
+        for load in self._loads:
+            load.pieces.clear()
+            load.in_air.clear()
+            self._blocks.pool.release(self._blocks_of(load.places))
+            self._tree.unlock(load.end)
+        self._loads.clear()
+        self._copying.clear()
+        self._landed.clear()
+
     def begin_plan(self, now: float) -> None:
         """Takes note of what the plans before this one have landed."""
         self._now = now

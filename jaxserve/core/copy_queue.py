@@ -64,6 +64,12 @@ class CopyQueue:
         self._saves, self._loads, self._landings = [], [], []
         return taken
 
+    def forget(self) -> None:
+        """Drops every copy, asked for or under way: the device has lost what they were of."""
+        self.take()
+        self._under_way.clear()
+        self._arrived.clear()
+
     def check_integrity(self) -> None:
         """Raises RuntimeError if something arrived that nobody waits for."""
         if not self._arrived <= self._under_way:

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import cast
+from typing import NamedTuple, cast
 
 from jaxserve.core.buckets import BucketLadder
 from jaxserve.core.kv_cache_manager import KVCacheManager
 from jaxserve.core.plan import Admission, Bucket, PageCopy, PageUpdate, StepPlan, StepRows
 from jaxserve.request import Request
+
+
+class StepInFlight(NamedTuple):
+    """A plan whose result has not been read.
+
+    Attributes:
+        owners: the requests of its rows.
+        num_finished: of all requests, when it was planned.
+    """
+
+    plan: StepPlan
+    owners: list[Request]
+    num_finished: int
 
 
 @dataclasses.dataclass(slots=True)

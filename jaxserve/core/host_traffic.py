@@ -78,6 +78,13 @@ class HostTraffic:
         if self._cold is not None:
             self._cold.land_all()
 
+    def forget(self) -> None:
+        """Forgets what is on the host and on its way: the device that it came from has failed."""
+        self.swap.forget()
+        if self._cold is not None:
+            self._cold.forget()
+        self._copies.forget()
+
     def take_copies(self, draft: Draft) -> None:
         """Puts the copies that were asked for into a plan that will run."""
         draft.saves, draft.loads, draft.landings = self._copies.take()

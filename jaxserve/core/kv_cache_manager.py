@@ -115,6 +115,11 @@ class KVCacheManager:
         self._pool.release(request.page_ids)
         request.page_ids = []
 
+    def forget(self) -> None:
+        """Empties the prefix cache; no request may have pages."""
+        if self._cache is not None:
+            self._cache.forget()
+
     @property
     def cold(self) -> ColdPrefixes | None:
         """The host tier of the prefix cache, if there is one."""

@@ -283,6 +283,13 @@ class PrefixCache:
         self._pool.release(pages)
         self._drop_host_pages()
 
+    def forget(self) -> None:
+        """Takes everything out, on both tiers. No request may be in a slot, and no load under way."""
+        self._pool.release(self._tree.evict(self._tree.num_pages, self._now))
+        while self._tree.evict_from_host():
+            pass
+        self._drop_host_pages()
+
     def _demote_ahead(self, cold: ColdPrefixes) -> None:
         """Frees pages before they are needed: a long prompt takes more at once than the link can carry."""
         lacking = self._reserve - self._pool.num_free

@@ -13,11 +13,10 @@ from __future__ import annotations
 
 from collections import deque
 from itertools import compress
-from typing import NamedTuple
 
 from jaxserve.core.buckets import BucketLadder
 from jaxserve.core.decision_log import DecisionLog
-from jaxserve.core.draft import Draft
+from jaxserve.core.draft import Draft, StepInFlight
 from jaxserve.core.horizon import loop_steps
 from jaxserve.core.host_traffic import HostTraffic
 from jaxserve.core.integrity import check_slots
@@ -37,12 +36,6 @@ from jaxserve.request import FinishReason, Request, RequestStatus
 
 # A slot is taken from a running request in every so many steps at most: the search looks at all of them.
 _PREEMPTION_INTERVAL = 8
-
-
-class _InFlight(NamedTuple):
-    plan: StepPlan
-    owners: list[Request]
-    num_finished: int  # of all requests, when it was planned
 
 
 class Scheduler:
@@ -79,7 +72,7 @@ class Scheduler:
         self._live: dict[str, Request] = {}
         self._num_slots = num_slots
         self._free_slots = list(range(num_slots - 1, -1, -1))
-        self._in_flight: deque[_InFlight] = deque()
+        self._in_flight: deque[StepInFlight] = deque()
         self._with_deadline: set[Request] = set()
         self._ended: list[Request] = []  # ends that no step's result will report
         self._page_ends: list[Request] = []  # whose next token is the first of a page
@@ -146,10 +139,21 @@ class Scheduler:
         self._ended.append(request)
         self._release_batch(now)
 
-    def end_all(self, reason: FinishReason, now: float, error: str | None = None) -> None:
-        """Ends every live request, for a failed or closing engine."""
+    def stop(self, reason: FinishReason, now: float, error: str) -> None:
+        """Ends every live request and forgets the steps in flight, for a failed or closing engine."""
+        self._in_flight.clear()
         for request in list(self._live.values()):
             self.end(request, reason, now, error=error)
+
+    def lose_device(self, now: float, error: str) -> None:
+        """Ends who has a slot or a row in flight, with an error; empties every cache. Who waits goes on."""
+        rows = {request for step in self._in_flight for request in step.owners}
+        self._in_flight.clear()
+        for request in [r for r in self._live.values() if r.slot is not None or r in rows]:
+            self.end(request, FinishReason.ERROR, now, error=error)
+        self._release_batch(now)
+        self._host.forget()
+        self._kv.forget()
 
     def take_ended(self) -> list[Request]:
         """Requests that ended outside of a step's result."""
@@ -223,7 +227,7 @@ class Scheduler:
         self._host.take_copies(draft)
         plan = draft.finish(self._step, self._ladder, len(self._held))
         self._step += 1
-        self._in_flight.append(_InFlight(plan, draft.owners, self._num_finished))
+        self._in_flight.append(StepInFlight(plan, draft.owners, self._num_finished))
         return plan
 
     def _look_ahead(self, draft: Draft) -> None:
@@ -408,7 +412,7 @@ class Scheduler:
         return updates
 
     def _take_tokens(
-        self, step: _InFlight, decode_step: int, token_ids: list[int], now: float, updates: StepUpdates
+        self, step: StepInFlight, decode_step: int, token_ids: list[int], now: float, updates: StepUpdates
     ) -> None:
         """One token for each row that has one in a decode step, from 0."""
         rows, requests = step.plan.rows, step.owners
@@ -426,7 +430,7 @@ class Scheduler:
             self._observers.generated(requests, now)
         updates.extend(requests, token_ids)
 
-    def _fail_row(self, step: _InFlight, index: int, now: float, updates: StepUpdates) -> None:
+    def _fail_row(self, step: StepInFlight, index: int, now: float, updates: StepUpdates) -> None:
         request = step.owners[index]
         if step.plan.rows.samples[index] and not request.is_finished:
             request.error = "the model produced logits that are not finite"
@@ -450,10 +454,6 @@ class Scheduler:
         self._leave(request, reason, now, holds_slot=holds)
         if not holds:
             updates.ended.append(request)
-
-    def drop_in_flight(self) -> None:
-        """Forgets the steps in flight of an executor that failed."""
-        self._in_flight.clear()
 
     def _leave(self, request: Request, reason: FinishReason, now: float, *, holds_slot: bool = False) -> None:
         """Takes a live request out of queue or slots; with ``holds_slot`` it keeps slot and pages for now."""

@@ -170,6 +170,11 @@ class SwapSpace:
         if saved is not None:
             self._blocks.release_of_request(saved.blocks)
 
+    def forget(self) -> None:
+        """Frees every block."""
+        for request in list(self._saved):
+            self.drop(request)
+
     def stats(self) -> SwapStats:
         return SwapStats(
             self._saved_blocks,

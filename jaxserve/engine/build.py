@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.compilation_cache import compilation_cache
 from tqdm import tqdm
 
 from jaxserve import validation
@@ -46,7 +45,9 @@ from jaxserve.models.registry import find_family
 from jaxserve.models.sharding import Placement, check_divisible, make_mesh
 from jaxserve.platforms import Platform, select_platform
 from jaxserve.runner.bundle import check_devices, programs_folder, with_bundle
+from jaxserve.runner.compile_cache import seal, use_compile_cache
 from jaxserve.runner.model_runner import ModelRunner, admission_sizes
+from jaxserve.runner.out_of_memory import naming_what_to_lower
 from jaxserve.runner.probes import ProbeOptions
 from jaxserve.runner.programs import count_programs
 from jaxserve.runner.resolve import ResolvedConfig, resolve, resolve_dtype
@@ -160,7 +161,14 @@ def load_model(config: EngineConfig, *, progress: bool = True) -> LoadedModel:
     tokenizer = load_tokenizer(source, config.model.tokenizer)
     module, placement = declare_model(config, platform, checkpoint.hf_config)
     weight_map = find_family(checkpoint.hf_config).weight_map(module.config)
-    params = load_params(checkpoint, module, weight_map, placement.mesh, placement.rules, progress=progress)
+    lower = (
+        f"lower the precision (dtype={resolve_dtype(config, platform)}), take a smaller model, "
+        f"or spread it over more devices than tensor_parallel_size={placement.mesh.size}"
+    )
+    with naming_what_to_lower("loading the weights", lower):
+        params = load_params(
+            checkpoint, module, weight_map, placement.mesh, placement.rules, progress=progress
+        )
     # A path is nobody's business on the other end of a wire.
     name = source.path.name if Path(source.name).expanduser().exists() else source.name
     return LoadedModel(name, source, platform, placement, module, params, tokenizer)
@@ -169,11 +177,16 @@ def load_model(config: EngineConfig, *, progress: bool = True) -> LoadedModel:
 def start_platform(config: EngineConfig) -> Platform:
     """Chooses the devices, and where compiled programs are kept. Raises ConfigError."""
     platform = select_platform(config.runner.device)
-    if config.runner.bundle is not None:
-        use_compile_cache(programs_folder(config.runner.bundle))
-    elif config.runner.compile_cache:
-        use_compile_cache(config.cache_dir / "xla")
+    folder = _compile_cache_folder(config)
+    if folder is not None:
+        use_compile_cache(folder)
     return platform
+
+
+def _compile_cache_folder(config: EngineConfig) -> Path | None:
+    if config.runner.bundle is not None:
+        return programs_folder(config.runner.bundle)
+    return config.cache_dir / "xla" if config.runner.compile_cache else None
 
 
 def declare_model(config: EngineConfig, platform: Platform, hf_config: HfConfig) -> tuple[Decoder, Placement]:
@@ -196,10 +209,13 @@ def declare_model(config: EngineConfig, platform: Platform, hf_config: HfConfig)
 def make_runner(
     config: EngineConfig, model: LoadedModel, *, probes: ProbeOptions | None = None, progress: bool = True
 ) -> tuple[ResolvedConfig, ModelRunner]:
-    """Sizes an engine for its device, allocates slots and pages, compiles everything. Raises ConfigError.
+    """Sizes an engine for its device, allocates slots and pages, compiles everything.
 
     Args:
         probes: what to read of running requests' hidden states; by default they are not kept.
+
+    Raises:
+        ConfigError: for sizes that contradict each other, or do not fit in memory.
     """
     resolved = resolve(config, model.platform, model.module.config, model.placement.mesh)
     num_programs = count_programs(
@@ -208,7 +224,15 @@ def make_runner(
         branches_on_host=model.platform.branches_on_host,
     )
     desc = "compiling, or loading what an earlier start compiled"
-    with tqdm(total=num_programs, desc=desc, unit="program", disable=not progress) as bar:
+    what = f"allocating {resolved.num_pages} KV pages, and compiling and running steps that use them"
+    lower = (
+        f"lower memory_fraction={config.cache.memory_fraction} or num_pages={resolved.num_pages}, "
+        f"max_num_seqs={resolved.num_slots} or max_num_batched_tokens={resolved.ladder.token_budget}"
+    )
+    with (
+        naming_what_to_lower(what, lower),
+        tqdm(total=num_programs, desc=desc, unit="program", disable=not progress) as bar,
+    ):
         runner = ModelRunner(
             model.module,
             model.params,
@@ -221,6 +245,9 @@ def make_runner(
             on_compiled=bar.update,
             probes=probes,
         )
+    folder = _compile_cache_folder(config)
+    if folder is not None:
+        seal(folder)
     return resolved, runner
 
 
@@ -353,16 +380,6 @@ def make_engine(
         on_close=on_close,
         count_compiles=lambda: runner.compiles_after_warmup,
     )
-
-
-def use_compile_cache(folder: Path) -> None:
-    """Keeps every program that is compiled from now on in a folder, and takes it from there."""
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # it holds native code: nobody else may write there
-    if jax.config.jax_compilation_cache_dir != str(folder):
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-        compilation_cache.reset_cache()  # one that is in use already would stay where it is
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def _describe(name: str, platform: str, num_devices: int, resolved: ResolvedConfig) -> dict[str, Any]:

@@ -7,6 +7,7 @@ that the simulator runs these same objects with a virtual clock and a cost model
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -23,9 +24,12 @@ from jaxserve.core.updates import StepUpdates
 from jaxserve.engine.hidden_recording import HiddenRecorder
 from jaxserve.engine.recording import Recorder
 from jaxserve.engine.stats import STAGES, BucketStats, EngineStats, StageTimer
+from jaxserve.errors import StepFailedError
 from jaxserve.request import FinishReason, Request, RequestStatus
 
+_LOG = logging.getLogger(__name__)
 _STEP_TIME_WEIGHT = 0.1
+_MOST_FAILURES = 3  # steps in a row: an engine that cannot run any must not say that it is ready
 
 
 class _InFlight[Handle](NamedTuple):
@@ -76,6 +80,7 @@ class EngineCore[Handle]:
         self._tuner = tuner
         self._in_flight: deque[_InFlight[Handle]] = deque()
         self._last_collected = clock()
+        self._num_failures = 0  # since a result was read
         self.stats = EngineStats()
         self._timers = {stage: StageTimer(self.stats, stage, clock) for stage in STAGES}
         if tuner is not None:
@@ -155,7 +160,30 @@ class EngineCore[Handle]:
         """Plans and launches one step, reads the oldest result that is due, and returns what changed.
 
         The *predict* stage runs when a request is added; the other five run here.
+
+        Raises:
+            StepFailedError: if the executor has failed several times in a row.
         """
+        try:
+            return self._step()
+        except StepFailedError as error:
+            return self._lose_steps(error)
+
+    def _lose_steps(self, error: StepFailedError) -> StepUpdates:
+        """Goes on after a step that could not be run: whoever it was for, and all who ran, get the error."""
+        now = self._clock()
+        if self._recorder is not None:
+            self._recorder.lost(now)
+        self._num_failures += 1
+        if self._num_failures > _MOST_FAILURES:
+            raise error
+        self._drop_in_flight()
+        self._scheduler.lose_device(now, str(error))
+        updates = self._finish_step(StepUpdates())
+        _LOG.error("%s; it ended %d requests", error, len(updates.ended))
+        return updates
+
+    def _step(self) -> StepUpdates:
         timers = self._timers
         with timers["schedule"]:
             now = self._clock()
@@ -175,6 +203,7 @@ class EngineCore[Handle]:
         with timers["execute"]:
             done = self._in_flight.popleft()
             result = self._executor.collect(done.handle)
+        self._num_failures = 0
         with timers["post_process"]:
             now = self._clock()
             updates = self._scheduler.update(result, now)
@@ -201,12 +230,14 @@ class EngineCore[Handle]:
 
     def stop(self, reason: FinishReason, error: str) -> StepUpdates:
         """Ends everything at once, steps in flight included: the engine closes, or its executor failed."""
+        self._drop_in_flight()
+        self._scheduler.stop(reason, self._clock(), error)
+        return self._finish_step(StepUpdates())
+
+    def _drop_in_flight(self) -> None:
         self._in_flight.clear()
-        self._scheduler.drop_in_flight()
         if self._probing is not None:
             self._probing.drop_in_flight()
-        self._scheduler.end_all(reason, self._clock(), error)
-        return self._finish_step(StepUpdates())
 
     def _finish_step(self, updates: StepUpdates) -> StepUpdates:
         updates.ended += self._scheduler.take_ended()

@@ -13,6 +13,7 @@ they happened (``e`` is the kind, ``t`` seconds on the engine's clock):
 - ``done``: the oldest step's result was read; its seconds on the device, and how many decode steps it had.
   ``stopped`` has the requests that ended with a stop token, and how many tokens of the step they got;
   ``bad_rows`` the decode step and the row where logits were not finite; ``arrived`` the loads that had come.
+- ``lost``: the step planned last, or one in flight, could not be run: who had a slot or a row ended.
 - ``predict``: a request had outgrown its prediction and got another.
 - ``refresh``: a look at a request's hidden state changed its prediction, behind the newest ``plan``.
 - ``arm``: another configuration (a `learning.arms.Arm`) came in force, behind the newest ``plan``.
@@ -95,6 +96,9 @@ class Recorder:
                 "arrived": result.arrived,
             }
         )
+
+    def lost(self, now: float) -> None:
+        self._write({"e": "lost", "t": now})
 
     def finished(self, request: Request) -> None:
         number = self._numbers.pop(request, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from jaxserve.core.batch import StepBatch, prepare
 from jaxserve.core.plan import Admission, Bucket, StepPlan, StepResult, StepRows, TopLogprobs
 from jaxserve.core.probing import Probe, ProbeResult
 from jaxserve.core.resume_costs import NO_HOST, HostTier
+from jaxserve.errors import StepFailedError
 from jaxserve.models.decoder import Decoder
 from jaxserve.models.pairs import pair_views
 from jaxserve.models.params import Params
@@ -21,6 +23,7 @@ from jaxserve.models.sharding import Placement
 from jaxserve.pallas_kernels.ragged_paged_attention.api import Implementation
 from jaxserve.runner.compile_counter import compile_counter
 from jaxserve.runner.kv_cache import cache_shapes
+from jaxserve.runner.out_of_memory import ALLOCATION_ERRORS, is_out_of_memory, reason
 from jaxserve.runner.page_swap import PageSwapper
 from jaxserve.runner.probes import ProbeHandle, ProbeOptions, ProbePrograms
 from jaxserve.runner.programs import Programs
@@ -74,19 +77,17 @@ class ModelRunner:
         self._admission_sizes = admission_sizes(resolved.num_slots)
         self._logprob_counts = [-1] * resolved.num_slots
         self._kinds = [SamplingKind.GREEDY] * resolved.num_slots
-        replicated = placement.sharding()
-        slots = empty_slots(resolved.num_slots, resolved.max_model_len, resolved.layout.page_size)
         layers = () if probes is None else probes.layers
-        if layers:
-            shape = (resolved.num_slots, len(layers), module.config.hidden_size)
-            slots = dataclasses.replace(slots, hidden=jnp.zeros(shape, resolved.dtype))
-        self._slots: SlotState = jax.device_put(slots, replicated)
+        hidden_shape = (resolved.num_slots, len(layers), module.config.hidden_size) if layers else None
+        self._make_slots = functools.partial(_make_slots, resolved, hidden_shape, placement)
+        self._make_caches = _cache_maker(resolved, module.config.num_layers, placement)
+        self._slots: SlotState = self._make_slots()
         self._probes = (
             None
             if probes is None or self._slots.hidden is None
             else ProbePrograms(probes, self._slots.hidden, placement)
         )
-        self._caches: Caches = _empty_caches(resolved, module.config.num_layers, placement)
+        self._caches: Caches = self._make_caches()
         self._programs = Programs(
             module,
             placement,
@@ -129,6 +130,12 @@ class ModelRunner:
 
     def dispatch(self, batch: StepBatch) -> StepHandle:
         """Launches a step; returns before it has run."""
+        try:
+            return self._dispatch(batch)
+        except ALLOCATION_ERRORS as error:
+            raise self._recover(_step_of(batch.plan), error) from error
+
+    def _dispatch(self, batch: StepBatch) -> StepHandle:
         plan = batch.plan
         if self._swapper is not None:
             self._caches = self._swapper.run(plan, self._caches)
@@ -152,6 +159,34 @@ class ModelRunner:
 
     def collect(self, handle: StepHandle) -> StepResult:
         """Waits for a step and reads what it sampled."""
+        try:
+            return self._collect(handle)
+        except ALLOCATION_ERRORS as error:
+            raise self._recover(_step_of(handle.plan), error) from error
+
+    def _recover(self, what: str, error: Exception) -> StepFailedError:
+        """What to raise for a step for which there was no memory; the next step can be run.
+
+        Raises the error itself if it is another, and what it meets where there is no memory for caches in
+        place of those that the step took with it.
+        """
+        if not is_out_of_memory(error):
+            raise error
+        if self._swapper is not None:
+            self._swapper.forget()
+        try:
+            jax.block_until_ready((self._caches, self._slots))
+        except RuntimeError:  # deleted, or the output of a step that failed
+            self._caches = ()  # theirs is the memory that the new ones take
+            self._caches, self._slots = self._make_caches(), self._make_slots()
+        resolved = self._resolved
+        return StepFailedError(
+            f"the device ran out of memory in {what} ({reason(error)}); lower "
+            f"memory_fraction or num_pages={resolved.num_pages}, max_num_seqs={resolved.num_slots} or "
+            f"max_num_batched_tokens={resolved.ladder.token_budget}"
+        )
+
+    def _collect(self, handle: StepHandle) -> StepResult:
         plan, output = handle.plan, handle.output
         token_ids = np.asarray(output.token_ids)[:, : len(plan.rows)]
         if plan.is_loop:
@@ -170,12 +205,18 @@ class ModelRunner:
         """Implements `jaxserve.core.probing.Prober`, for a runner that was made with ``probes``."""
         assert self._probes is not None
         assert self._slots.hidden is not None
-        return self._probes.launch(self._slots.hidden, probes)
+        try:
+            return self._probes.launch(self._slots.hidden, probes)
+        except ALLOCATION_ERRORS as error:
+            raise self._recover("a look at hidden states", error) from error
 
     def read_probe(self, handle: ProbeHandle) -> ProbeResult:
         """What a probe found."""
         assert self._probes is not None
-        return self._probes.read(handle)
+        try:
+            return self._probes.read(handle)
+        except ALLOCATION_ERRORS as error:
+            raise self._recover("a look at hidden states", error) from error
 
     def close(self) -> None:
         """Drops every reference to device memory."""
@@ -214,11 +255,25 @@ class ModelRunner:
             self._slots = self._programs.admit(size)(self._slots, packed)
 
 
-def _empty_caches(resolved: ResolvedConfig, num_layers: int, placement: Placement) -> Caches:
+def _step_of(plan: StepPlan) -> str:
+    return f"a step of {plan.bucket.tokens} tokens"
+
+
+def _make_slots(
+    resolved: ResolvedConfig, hidden_shape: tuple[int, ...] | None, placement: Placement
+) -> SlotState:
+    slots = empty_slots(resolved.num_slots, resolved.max_model_len, resolved.layout.page_size)
+    if hidden_shape is not None:
+        slots = dataclasses.replace(slots, hidden=np.zeros(hidden_shape, jnp.dtype(resolved.dtype)))
+    return jax.device_put(slots, placement.sharding())
+
+
+def _cache_maker(resolved: ResolvedConfig, num_layers: int, placement: Placement) -> Callable[[], Caches]:
+    """Makes caches of zeros; it compiles nothing when it is called again."""
     shapes = cache_shapes(resolved.layout, resolved.num_pages, placement)
     shardings = jax.tree.map(lambda array: array.sharding, shapes)
     make = jax.jit(lambda: jax.tree.map(jnp.zeros_like, shapes), out_shardings=shardings)
-    return tuple(make() for _ in range(num_layers))
+    return lambda: tuple(make() for _ in range(num_layers))
 
 
 def _read_logprobs(sampled: Sampled, counts: list[int]) -> list[TopLogprobs | None]:

@@ -91,6 +91,12 @@ class PageSwapper:
         self._reported.update(new)
         return new
 
+    def forget(self) -> None:
+        """Drops what is on its way: a step has failed, and nobody will ask for it."""
+        self._saving.clear()
+        self._loading.clear()
+        self._reported.clear()
+
     def _save(self, save: PageCopy, caches: Caches) -> None:
         for block, ids in zip(save.blocks, self._ids(save), strict=True):
             while self._saving and (len(self._saving) >= MOST_SAVING or _is_ready(self._saving[0])):

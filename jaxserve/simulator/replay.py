@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, final
@@ -14,11 +16,14 @@ from jaxserve.core.plan import ScheduledRow, StepPlan, StepResult, plan_digest
 from jaxserve.core.predictor import LengthPrediction
 from jaxserve.core.roofline import prior_from_json
 from jaxserve.engine.engine_core import EngineCore
+from jaxserve.errors import StepFailedError
 from jaxserve.request import FinishReason, Request, SamplingParams
 from jaxserve.simulator.clock import VirtualClock
 from jaxserve.simulator.executor import STOP_TOKEN
 from jaxserve.simulator.instance import without_arrays
 from jaxserve.simulator.tokens import BlockTokens
+
+_END: Mapping[str, Any] = {"e": "end of file"}
 
 
 class Replay(NamedTuple):
@@ -63,12 +68,19 @@ class _RecordedExecutor:
         self._contents = contents  # request id -> its tokens, those of the output included
         self._results = deque(record for record in records if record["e"] == "done")
         self.plans: list[StepPlan] = []
+        self.fails = False
 
     def dispatch(self, batch: StepBatch) -> StepPlan:
         self.plans.append(batch.plan)
+        self._fail()
         return batch.plan
 
+    def _fail(self) -> None:
+        if self.fails:
+            raise StepFailedError("as recorded")
+
     def collect(self, handle: StepPlan) -> StepResult:
+        self._fail()
         record = self._results.popleft()
         self._clock.advance_to(record["t"])
         token_ids = [
@@ -110,7 +122,7 @@ def replay(records: Sequence[Mapping[str, Any]]) -> Replay:
     recorded: list[str] = []
     pages = {record["n"]: record["pages"] for record in records if record["e"] in ("add", "pages")}
     page_size: int = header["assembly"]["page_size"]
-    for record in records[1:]:
+    for record, following in itertools.pairwise([*records[1:], _END]):
         if record["e"] in ("add", "end", "plan", "arm"):
             clock.now = record["t"]
         if record["e"] == "add":
@@ -126,7 +138,10 @@ def replay(records: Sequence[Mapping[str, Any]]) -> Replay:
         elif record["e"] == "plan":
             if record["plan"] is not None:
                 recorded.append(record["plan"])
-            core.step()
+            # Whether it failed when it was launched or an older one when it was read: all of them were lost.
+            executor.fails = following["e"] == "lost"
+            with contextlib.suppress(StepFailedError):  # one too many: the recorded engine ended, too
+                core.step()
             difference = _first_difference(recorded, executor.plans)
             if difference is not None:
                 return Replay(len(recorded), difference, executor.plans)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from jaxserve import LLM, SamplingParams
 from jaxserve.cli import main
@@ -17,6 +17,7 @@ from jaxserve.config import EngineConfig
 from jaxserve.errors import ConfigError
 from jaxserve.models.registry import find_family
 from jaxserve.runner.bundle import MANIFEST, check_devices, read_manifest, with_bundle
+from tests.support.faults import files_of_at_most, names_in
 from tests.support.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
 from tests.support.tpu_compiler import needs_libtpu
 
@@ -28,18 +29,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_checkpoint(tmp_path_factory.mktemp("models") / "tiny")
 
 
-@pytest.fixture(autouse=True)
-def compile_cache_is_restored():
-    names = (
-        "jax_compilation_cache_dir",
-        "jax_persistent_cache_min_compile_time_secs",
-        "jax_persistent_cache_min_entry_size_bytes",
-    )
-    before = {name: getattr(jax.config, name) for name in names}
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+pytestmark = pytest.mark.usefixtures("compile_cache_is_restored")
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +41,7 @@ def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_an_engine_takes_programs_and_sizes_from_a_bundle(checkpoint: Path, bundle: Path) -> None:
-    programs = {path.name for path in (bundle / "xla").iterdir()}
+    programs = {path.name for path in (bundle / "xla").glob("*-cache")}
     events: list[str] = []
     jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
     with LLM(str(checkpoint), bundle=bundle, use_tqdm=False, page_size=16) as llm:
@@ -60,9 +50,39 @@ def test_an_engine_takes_programs_and_sizes_from_a_bundle(checkpoint: Path, bund
     assert llm is not None
     steps = {name for name in programs if name.startswith("jit_step")}
     assert len(steps) == 2
-    after = {path.name for path in (bundle / "xla").iterdir() if path.name.endswith("-cache")}
+    after = {path.name for path in (bundle / "xla").glob("*-cache")}
     assert {name for name in after if name.startswith("jit_step")} == steps, "no step was compiled again"
     assert events.count("/jax/compilation_cache/cache_hits") >= len(steps)
+
+
+def test_broken_programs_of_a_bundle_are_compiled_again(
+    checkpoint: Path, bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    copied = shutil.copytree(bundle, tmp_path / "bundle")
+    programs = sorted((copied / "xla").glob("*-cache"))
+    step = next(path for path in programs if path.name.startswith("jit_step"))
+    others = [path for path in programs if not path.name.startswith("jit_step")]
+    data = step.read_bytes()
+    step.write_bytes(data[:1000] + bytes([data[1000] ^ 1]) + data[1001:])
+    for path in others:
+        path.write_bytes(path.read_bytes()[:-10])
+    for is_first in (True, False):
+        caplog.clear()
+        with LLM(str(checkpoint), bundle=copied, use_tqdm=False) as llm:
+            params = SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True)
+            (output,) = llm.generate("ab", params, use_tqdm=False)
+        assert len(output.outputs[0].token_ids) == 3
+        said = caplog.text.count("is broken (its SHA-256 has changed): it is compiled again")
+        assert said == (1 + len(others) if is_first else 0)
+
+
+def test_a_bundle_that_finds_no_room_is_not_begun(checkpoint: Path, tmp_path: Path, capsys) -> None:
+    argv = ["compile", "--platform=cpu", "--topology=here", f"--model={checkpoint}", *SIZES]
+    with files_of_at_most(1000):
+        assert main.main([*argv, f"--output={tmp_path / 'bundle'}"]) == 2
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last.startswith(f"jaxserve compile: {tmp_path / 'bundle'}: cannot be written: Error writing")
+    assert names_in(tmp_path) == [], "half a bundle is none"
 
 
 def edited(bundle: Path, tmp_path: Path, **changes: Any) -> Path:

@@ -26,6 +26,7 @@ from jaxserve.request import FinishReason, Request
 from jaxserve.simulator.replay import replay
 from tests.support.engine_parts import ManualClock, make_core, make_request, random_prompt
 from tests.support.fake_executor import FakeExecutor
+from tests.support.lossy_executor import LossyExecutor
 from tests.support.tiny_checkpoint import write_tiny_checkpoint
 
 
@@ -65,6 +66,26 @@ def live_run(
         core.step()
         clock.now += rng.uniform(0.001, 0.03)
     raise AssertionError("the live run does not end")
+
+
+@settings(max_examples=30)
+@given(
+    seed=st.integers(0, 2**20),
+    depth=st.integers(0, 2),
+    share=st.sampled_from([0.05, 0.3]),
+    host=st.sampled_from([NO_HOST, HostTier(8, 2, 1000, 1e12)]),
+    batching=st.sampled_from(sorted(ADMISSIONS)),
+)
+def test_steps_that_could_not_be_run_are_replayed(
+    seed: int, depth: int, share: float, host: HostTier, batching: str
+) -> None:
+    executor = LossyExecutor(4, 4)
+    executor.rng, executor.share = random.Random(seed + 1), share
+    records, _ = live_run(seed, depth, executor=executor, host=host, batching=batching)
+    assert sum(record["e"] == "lost" for record in records) == executor.num_failures
+    found = replay(json.loads(json.dumps(records)))
+    assert found.first_difference is None
+    assert found.num_steps == sum(record["e"] == "plan" and record["plan"] is not None for record in records)
 
 
 @settings(max_examples=60, deadline=None)

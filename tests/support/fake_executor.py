@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from jaxserve.core.batch import StepBatch
-from jaxserve.core.plan import NO_PAGE, Admission, PageCopy, ScheduledRow, StepPlan, StepResult
+from jaxserve.core.plan import NO_PAGE, Admission, PageCopy, ScheduledRow, StepPlan, StepResult, TopLogprobs
 
 
 @dataclasses.dataclass
@@ -69,7 +69,19 @@ class FakeExecutor:
             if self.is_bad(row, decode_step)
         ]
         arrived = tuple(n for n, at in self.loads_due.items() if at == self.num_dispatched)
-        return StepResult(token_ids, bad_rows=tuple(bad_rows), arrived=arrived)
+        return StepResult(token_ids, self._logprobs(plan), tuple(bad_rows), arrived)
+
+    def _logprobs(self, plan: StepPlan) -> list[TopLogprobs | None] | None:
+        """One half for the token, and alternatives 0, 1, ... for rows that want any; they are in no loop."""
+        wanted = [self.admissions[row.slot].params.logprobs if row.samples else None for row in plan.rows]
+        if all(count is None for count in wanted):
+            return None
+        return [
+            None
+            if count is None
+            else TopLogprobs(-0.5, 1, list(range(count)), [-1.0 - rank for rank in range(count)])
+            for count in wanted
+        ]
 
     def is_bad(self, row: ScheduledRow, decode_step: int) -> bool:
         """Whether a row's logits are not finite."""

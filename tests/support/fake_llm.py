@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import threading
 import time
@@ -51,7 +52,7 @@ class ScriptedExecutor(FakeExecutor):
                 place = row.start + row.num_tokens - self.prompts[row.slot]
                 token_ids[index] = self.script[place % len(self.script)]
                 self.tokens[row.slot][-1] = token_ids[index]
-        return StepResult([token_ids])
+        return dataclasses.replace(result, token_ids=[token_ids])
 
 
 def make_engine(
