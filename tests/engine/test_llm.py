@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import math
 import signal
 import threading
 
@@ -15,6 +14,7 @@ from jaxserve import LLM, SamplingParams
 from jaxserve.engine.llm import InterruptedGenerationError
 from jaxserve.errors import CapacityError, EngineClosedError, QueueFullError, ValidationError
 from jaxserve.request import FinishReason
+from tests.support.bad_parameters import SAMPLING, Bad, rows
 from tests.support.fake_executor import expected_tokens
 from tests.support.fake_llm import make_engine
 
@@ -190,53 +190,35 @@ def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenised(monkeypatch: p
             llm.chat([{"role": "user", "content": longest}], use_tqdm=False)
 
 
+@pytest.mark.parametrize("bad", rows(SAMPLING))
+def test_bad_parameters_name_the_field(bad: Bad) -> None:
+    with pytest.raises(ValidationError) as caught:
+        SamplingParams(**bad.options)
+    assert (str(caught.value), caught.value.field) == (bad.message, bad.field)
+
+
 @pytest.mark.parametrize(
     ("options", "field"),
     [
-        ({"temperature": math.nan}, "temperature"),
-        ({"temperature": math.inf}, "temperature"),
         ({"temperature": -1}, "temperature"),
-        ({"temperature": 1e308}, "temperature"),
         ({"temperature": 10**400}, "temperature"),
         ({"top_k": np.bool_(True)}, "top_k"),
         ({"top_k": np.array([1, 2])}, "top_k"),
-        ({"top_p": 0}, "top_p"),
-        ({"top_p": 1.1}, "top_p"),
-        ({"top_p": math.nan}, "top_p"),
-        ({"top_k": -5}, "top_k"),
-        ({"top_k": 2**31}, "top_k"),
-        ({"min_p": -0.1}, "min_p"),
-        ({"n": 0}, "n"),
-        ({"n": 10**9}, "n"),
-        ({"max_tokens": 0}, "max_tokens"),
-        ({"max_tokens": -1}, "max_tokens"),
-        ({"max_tokens": 2**63}, "max_tokens"),
         ({"max_tokens": 1.5}, "max_tokens"),
+        ({"max_tokens": 2**63}, "max_tokens"),
         ({"min_tokens": 20}, "min_tokens"),
-        ({"seed": -1}, "seed"),
-        ({"seed": 2**32}, "seed"),
-        ({"logprobs": 10**6}, "logprobs"),
         ({"logprobs": True}, "logprobs"),
-        ({"repetition_penalty": math.inf}, "repetition_penalty"),
-        ({"repetition_penalty": 0}, "repetition_penalty"),
-        ({"presence_penalty": -math.inf}, "presence_penalty"),
         ({"frequency_penalty": "1"}, "frequency_penalty"),
         ({"stop": ""}, "stop"),
-        ({"stop": ["x" * 2**20]}, "stop"),
         ({"stop": ["x"] * 10**4}, "stop"),
         ({"stop": [3]}, "stop"),
         ({"stop": 3}, "stop"),
-        ({"stop_token_ids": [-1]}, "stop_token_ids"),
         ({"stop_token_ids": list(range(10**5))}, "stop_token_ids"),
         ({"stop_token_ids": 5}, "stop_token_ids"),
-        ({"logit_bias": {-1: 1.0}}, "logit_bias"),
-        ({"logit_bias": {1: math.nan}}, "logit_bias"),
-        ({"logit_bias": {1: 101.0}}, "logit_bias"),
         ({"logit_bias": [1]}, "logit_bias"),
-        ({"logit_bias": dict.fromkeys(range(10**5), 1.0)}, "logit_bias"),
     ],
 )
-def test_bad_parameters_name_the_field(options: dict[str, object], field: str) -> None:
+def test_what_only_python_can_say_is_refused_by_name(options: dict[str, object], field: str) -> None:
     with pytest.raises(ValidationError) as caught:
         SamplingParams(**options)  # type: ignore[arg-type]
     assert caught.value.field == field
