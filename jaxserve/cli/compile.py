@@ -65,7 +65,8 @@ def _compile(config: EngineConfig, platform: str, topology: str, output: Path | 
     compile_steps(config, planned, resolved, (), admission_sizes(resolved.num_slots))
     fits = [_print_step(report, limit) for report in _compile_steps(config, planned, resolved)]
     if output is not None:
-        write_manifest(make_manifest(config, resolved, model, device.device_kind, topology), output)
+        taken = list(planned.placement.mesh.devices.flat)
+        write_manifest(make_manifest(config, resolved, model, taken, devices, topology), output)
         print(f"bundle       {output}: jaxserve serve --bundle {output} ...")
     return 0 if all(fits) else 1
 

@@ -186,8 +186,9 @@ def declare_model(config: EngineConfig, platform: Platform, hf_config: HfConfig)
         ConfigError: for an architecture that is not supported, or that these devices cannot share.
     """
     model_config = find_family(hf_config).config_from_hf(hf_config)
-    mesh = make_mesh(config.parallel.tensor_parallel_size, jax.devices(platform.name))
-    check_devices(config.runner.bundle, model_config, list(mesh.devices.flat))
+    devices = jax.devices(platform.name)
+    mesh = make_mesh(config.parallel.tensor_parallel_size, devices)
+    check_devices(config.runner.bundle, model_config, list(mesh.devices.flat), devices)
     placement = Placement(mesh)
     check_divisible(model_config, mesh, placement.rules)
     return Decoder(model_config, resolve_dtype(config, platform)), placement
@@ -208,7 +209,14 @@ def make_runner(
         branches_on_host=model.platform.branches_on_host,
     )
     desc = "compiling, or loading what an earlier start compiled"
+    bundle = config.runner.bundle
     with tqdm(total=num_programs, desc=desc, unit="program", disable=not progress) as bar:
+
+        def on_compiled(program: str, was_kept: bool) -> None:
+            bar.update()
+            if bundle is not None and not was_kept:
+                _LOG.warning("bundle=%s: has no %s for this machine; it was compiled here", bundle, program)
+
         runner = ModelRunner(
             model.module,
             model.params,
@@ -218,7 +226,7 @@ def make_runner(
             run_each_once=model.platform.slow_first_run,
             pairs_single_rows=model.platform.pairs_single_rows,
             branches_on_host=model.platform.branches_on_host,
-            on_compiled=bar.update,
+            on_compiled=on_compiled,
             probes=probes,
         )
     return resolved, runner

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -27,22 +28,18 @@ from jaxserve.models.sharding import (
     sharding_for,
 )
 from jaxserve.platforms import Platform
+from jaxserve.runner.hlo import (
+    HOST_TRANSFERS,
+    Collective,
+    aliased_parameters,
+    collectives_of,
+    copies_of,
+    read_instructions,
+)
 from jaxserve.runner.kv_cache import cache_shapes
 from jaxserve.runner.programs import Programs
 from jaxserve.runner.resolve import ResolvedConfig, resolve, resolve_dtype
 from jaxserve.runner.slots import empty_slots
-
-COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-_HOST_OPS = ("infeed", "outfeed", "send", "recv")
-_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?\S+ = (?P<shape>.*?) (?P<op>[a-z][a-z0-9-]*)\(", re.MULTILINE)
-_ARRAY = re.compile(r"(?P<kind>[a-z]+)(?P<bits>[0-9]*)[a-z0-9]*\[(?P<dims>[0-9,]*)\]")
-
-
-class Collective(NamedTuple):
-    """Devices exchanging arrays of a size: ``all-reduce`` and its like, and the bytes of its result."""
-
-    kind: str
-    num_bytes: int
 
 
 class PlannedModel(NamedTuple):
@@ -70,6 +67,7 @@ class StepReport:
         compile_s: seconds to compile it.
         argument_bytes, temporary_bytes: memory of its inputs, and what it needs beside them.
         aliased_bytes: of the outputs that are written over inputs.
+        lost_donations: donated arrays, of caches and slots, that no output is written over.
         collectives: how many of each; those in branches that a step may not take count too.
         cache_copies: instructions that copy or gather a whole layer's cache, or its scales.
         host_transfers: instructions that talk to the host while the step runs.
@@ -81,6 +79,7 @@ class StepReport:
     argument_bytes: int
     temporary_bytes: int
     aliased_bytes: int
+    lost_donations: int
     collectives: Mapping[Collective, int]
     cache_copies: int
     host_transfers: int
@@ -151,7 +150,7 @@ def compile_steps(
         caches=(cache,) * planned.module.config.num_layers,
         slots=slots,
         branches_on_host=False,
-        on_compiled=lambda: None,
+        on_compiled=lambda *_: None,
     )
 
 
@@ -169,28 +168,18 @@ def report_step(
     """
     memory = compiled.memory_analysis()
     text = compiled.as_text()
-    ops = [(match["op"], match["shape"]) for match in _INSTRUCTION.finditer(text)]
+    instructions = read_instructions(text)
     cache = cache_shapes(resolved.layout, resolved.num_pages, planned.placement)
-    shards: list[Any] = [array.sharding.shard_shape(array.shape) for array in jax.tree.leaves(cache)]
-    # Activations may be as large as scales, but are not of their shape.
-    whole, same = _elements(shards[0]), {",".join(map(str, shard)) for shard in shards}
-    ops = [(op.removesuffix("-start"), shape) for op, shape in ops]
-    count = collections.Counter(op for op, _ in ops)
     return StepReport(
         bucket=bucket,
         compile_s=compile_s,
         argument_bytes=memory.argument_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
         aliased_bytes=memory.alias_size_in_bytes,
-        collectives=collections.Counter(
-            Collective(op, sum(_bytes(shape))) for op, shape in ops if op in COLLECTIVES
-        ),
-        cache_copies=sum(
-            op in ("copy", "transpose", *COLLECTIVES)
-            and (max(_sizes(shape), default=0) >= whole or not same.isdisjoint(_dims(shape)))
-            for op, shape in ops
-        ),
-        host_transfers=sum(count[op] for op in _HOST_OPS),
+        lost_donations=len(compiled.donate_argnums) - len(aliased_parameters(text)),
+        collectives=collectives_of(instructions),
+        cache_copies=len(copies_of(instructions, [_shard(array) for array in jax.tree.leaves(cache)])),
+        host_transfers=sum(each.op in HOST_TRANSFERS for each in instructions),
         custom_calls=collections.Counter(re.findall(r'custom_call_target="([^"]+)"', text)),
     )
 
@@ -203,27 +192,9 @@ def timed[T](make: Callable[[], T]) -> tuple[T, float]:
 
 
 def _bytes_per_device(array: jax.ShapeDtypeStruct) -> int:
-    return _elements(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
+    return math.prod(_shard(array)) * array.dtype.itemsize
 
 
-def _elements(shape: Iterable[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
-
-
-def _sizes(shapes: str) -> list[int]:
-    """Elements of each array in an HLO type."""
-    return [_elements(int(size) for size in dims.split(",") if size) for dims in _dims(shapes)]
-
-
-def _dims(shapes: str) -> list[str]:
-    """Sizes of each array in an HLO type, as they are written there."""
-    return [match["dims"] for match in _ARRAY.finditer(shapes)]
-
-
-def _bytes(shapes: str) -> list[int]:
-    """Bytes of each array in an HLO type."""
-    bits = (int(match["bits"] or 8) for match in _ARRAY.finditer(shapes))
-    return [size * each // 8 for size, each in zip(_sizes(shapes), bits, strict=True)]
+def _shard(array: Any) -> tuple[int, ...]:
+    """What each device has of an array."""
+    return array.sharding.shard_shape(array.shape)

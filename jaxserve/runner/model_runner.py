@@ -23,7 +23,7 @@ from jaxserve.runner.compile_counter import compile_counter
 from jaxserve.runner.kv_cache import cache_shapes
 from jaxserve.runner.page_swap import PageSwapper
 from jaxserve.runner.probes import ProbeHandle, ProbeOptions, ProbePrograms
-from jaxserve.runner.programs import Programs
+from jaxserve.runner.programs import OnCompiled, Programs
 from jaxserve.runner.resolve import ResolvedConfig
 from jaxserve.runner.sampler import Sampled, SamplingKind, kind_of
 from jaxserve.runner.slots import SlotState, empty_slots, pack_admissions
@@ -62,7 +62,7 @@ class ModelRunner:
         run_each_once: bool,
         pairs_single_rows: bool,
         branches_on_host: bool,
-        on_compiled: Callable[[], object] = lambda: None,
+        on_compiled: OnCompiled = lambda *_: None,
         probes: ProbeOptions | None = None,
     ) -> None:
         self._params = params

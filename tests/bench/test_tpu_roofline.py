@@ -7,7 +7,8 @@ from bench.tpu_roofline import Bound, Cost, attention_cost, bound, combine, link
 from jaxserve.core.plan import Bucket
 from jaxserve.models.registry import find_family
 from jaxserve.platforms.tpu import CHIPS
-from jaxserve.runner.ahead_of_time import Collective, StepReport, plan_model
+from jaxserve.runner.ahead_of_time import StepReport, plan_model
+from jaxserve.runner.hlo import Collective
 
 
 def planned(model: str):
@@ -52,6 +53,7 @@ def test_a_ring_passes_an_all_reduce_twice() -> None:
         argument_bytes=0,
         temporary_bytes=0,
         aliased_bytes=0,
+        lost_donations=0,
         collectives={Collective("all-reduce", 800): 2, Collective("all-gather", 80): 1},
         cache_copies=0,
         host_transfers=0,
