@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import types
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from jaxserve.pallas_kernels.layout import KVLayout
 from jaxserve.platforms.tpu import CHIPS, Tpu, chip_of, topology_devices
 from jaxserve.runner.ahead_of_time import compile_steps, plan_engine
 from tests.support.tiny_checkpoint import TINY_CONFIG
+from tests.support.tpu_host import has_tpu
 
 VERSIONS = {"v5e": "TPU_V5E", "v5p": "TPU_V5P", "v6e": "TPU_V6E", "tpu7x": "TPU_7X"}
 
@@ -94,3 +96,15 @@ def test_a_kernel_that_was_named_refuses_them_and_says_why() -> None:
 def one_head_of_64() -> DecoderConfig:
     hf = TINY_CONFIG | {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 64}
     return find_family(hf).config_from_hf(hf)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "has"),
+    [([], False), (["vfio/vfio", "accel"], False), (["vfio/vfio", "vfio/3"], True), (["accel0"], True)],
+)
+def test_only_device_nodes_of_tpus_are_a_tpu(nodes: list[str], has: bool, tmp_path: Path) -> None:
+    """Tests tell libtpu that there is none only where there is none."""
+    for node in nodes:
+        (tmp_path / node).parent.mkdir(exist_ok=True)
+        (tmp_path / node).touch()
+    assert has_tpu(tmp_path) == has
