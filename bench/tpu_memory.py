@@ -4,8 +4,8 @@
 
 Compiles the decode step of 64 rows, the loop of such steps if ``--max-decode-steps`` asks for one, and the
 largest mixed step, with every layer and the whole vocabulary, which takes minutes; CI compiles some of them
-with two layers. ``--every`` goes over one, four and eight devices of each generation. Exit status 1 says that a
-step copies a cache, loses a donated array, talks to the host, or does not fit: which and why is on stderr.
+with two layers. ``--every`` goes over one, four and eight devices of each generation. Exit status 1 says that
+a step copies a cache, loses a donated array, talks to the host, or does not fit: stderr says which.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from jaxserve.config import EngineConfig, KVCacheDType, compile_without_devices
 if __name__ == "__main__":
     compile_without_devices()  # before JAX is imported; whoever imports this module has devices of its own
 
-import jax  # noqa: E402
+import jax
 
-from bench.shapes import MODELS  # noqa: E402
-from jaxserve.core.plan import Bucket  # noqa: E402
-from jaxserve.models.registry import find_family  # noqa: E402
-from jaxserve.platforms.tpu import Tpu, chip_of, topology_devices  # noqa: E402
-from jaxserve.runner.ahead_of_time import (  # noqa: E402
+from bench.shapes import MODELS
+from jaxserve.core.plan import Bucket
+from jaxserve.models.registry import find_family
+from jaxserve.platforms.tpu import Tpu, chip_of, topology_devices
+from jaxserve.runner.ahead_of_time import (
     StepReport,
     compile_steps,
     plan_engine,

@@ -12,7 +12,9 @@ COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "coll
 HOST_TRANSFERS = ("infeed", "outfeed", "send", "recv")
 _COPIES = ("copy", "transpose")
 
-_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?\S+ = (?P<type>.*?) (?P<op>[a-z][a-z0-9-]*)\(", re.MULTILINE)
+_INSTRUCTION = re.compile(
+    r"\s*(?P<text>(?:ROOT )?%?\S+ = (?P<type>.*?) (?P<op>[a-z][a-z0-9-]*)\(.*)"
+)
 _ARRAY = re.compile(r"(?P<kind>[a-z]+)(?P<bits>[0-9]*)[a-z0-9]*\[(?P<dims>[0-9,]*)\]")
 _ALIAS = re.compile(r"\{[0-9, ]*\}: \((?P<parameter>[0-9]+), \{[0-9, ]*\}, (?:may|must)-alias\)")
 
@@ -55,11 +57,11 @@ class Collective(NamedTuple):
 
 def read_instructions(text: str) -> list[Instruction]:
     """Every instruction of every computation; the end of an asynchronous pair is an instruction too."""
-    found: list[Instruction] = []
-    for match in _INSTRUCTION.finditer(text):
-        line = text[match.start() : text.find("\n", match.end())].strip()
-        found.append(Instruction(match["op"].removesuffix("-start"), _arrays(match["type"]), line))
-    return found
+    return [
+        Instruction(match["op"].removesuffix("-start"), _arrays(match["type"]), match["text"])
+        for match in map(_INSTRUCTION.match, text.splitlines())
+        if match is not None
+    ]
 
 
 def collectives_of(instructions: Sequence[Instruction]) -> collections.Counter[Collective]:

@@ -111,7 +111,9 @@ def _name(key: _Key) -> str:
     bucket, kind = key
     steps = f" x {bucket.decode_steps}" if bucket.decode_steps > 1 else ""
     what = "decode" if bucket.is_decode else "mixed"
-    return f"{what} step of {bucket.tokens} tokens in {bucket.rows} rows{steps} ({kind.name.lower()} sampling)"
+    return (
+        f"{what} step of {bucket.tokens} tokens in {bucket.rows} rows{steps} ({kind.name.lower()} sampling)"
+    )
 
 
 def _compile_all(

@@ -160,7 +160,11 @@ def test_programs_for_four_chips_are_refused_on_four_of_eight(bundle: Path, tmp_
 def test_topologies_say_where_their_chips_are(bundle: Path, tmp_path: Path) -> None:
     """The places that a manifest gets are those that libtpu gives: two cores a chip on tpu7x."""
     model = find_family(TINY_CONFIG).config_from_hf(TINY_CONFIG)
-    for topology, shape in (("v6e:2x4", [2, 4, 1, 1]), ("v5p:2x2x1", [2, 2, 1, 1]), ("tpu7x:2x2x1", [2, 2, 1, 2])):
+    for topology, shape in (
+        ("v6e:2x4", [2, 4, 1, 1]),
+        ("v5p:2x2x1", [2, 2, 1, 1]),
+        ("tpu7x:2x2x1", [2, 2, 1, 2]),
+    ):
         there = list(devices(topology))
         config = EngineConfig.from_flat({"tensor_parallel_size": 4, "num_pages": 9})
         planned, resolved = plan_engine(config, model, there, Tpu)
