@@ -7,8 +7,7 @@ from bench.tpu_roofline import Bound, Cost, attention_cost, bound, combine, link
 from jaxserve.core.plan import Bucket
 from jaxserve.models.registry import find_family
 from jaxserve.platforms.tpu import CHIPS
-from jaxserve.runner.ahead_of_time import StepReport, plan_model
-from jaxserve.runner.hlo import Collective
+from jaxserve.runner.ahead_of_time import Collective, StepReport, plan_model
 
 
 def planned(model: str):

@@ -18,7 +18,7 @@ from jaxserve.pallas_kernels.ragged_paged_attention.api import (
 )
 from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_tpu_blocks import VMEM_LIMIT_BYTES
 from jaxserve.platforms.tpu import CHIPS
-from jaxserve.runner.hlo import aliased_parameters, copies_of, read_instructions
+from jaxserve.runner.ahead_of_time import aliased_parameters, copies_of, read_instructions
 from tests.support.tpu_compiler import GENERATIONS, lower_on_one, needs_libtpu
 
 pytestmark = needs_libtpu

@@ -16,15 +16,14 @@ from jaxserve.core.plan import Bucket
 from jaxserve.models.registry import find_family
 from jaxserve.platforms.tpu import CHIPS, Tpu, TpuChip
 from jaxserve.runner.ahead_of_time import (
+    Collective,
     PlannedModel,
     StepReport,
     compile_steps,
     plan_engine,
     report_step,
 )
-from jaxserve.runner.hlo import Collective
 from jaxserve.runner.resolve import ResolvedConfig
-from jaxserve.runner.slots import empty_slots
 from tests.support.tpu_compiler import devices, needs_libtpu
 
 pytestmark = [needs_libtpu, pytest.mark.timeout(600)]
@@ -138,7 +137,7 @@ def compiled(case: Case, num_pages: int | None = None) -> Compiled:
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_is_sound(case: Case) -> None:
-    """Everything that is claimed of a step, in one test: compiling it takes much longer than looking at it."""
+    """All that is claimed of a step, in one test: compiling it takes much longer than looking at it."""
     step = compiled(case)
     # A loop has the kernels of one step: its body is compiled once.
     assert step.report.custom_calls["tpu_custom_call"] == NUM_LAYERS
@@ -149,13 +148,12 @@ def test_a_step_is_sound(case: Case) -> None:
 
 
 def check_in_place(step: Compiled, case: Case) -> None:
-    """Each donated array, of caches and slots, is written over, and no layer's cache is copied or gathered."""
+    """Each donated array, of caches and slots, is written over; no layer's cache is copied or gathered."""
     report, _, resolved = step
     assert report.lost_donations == 0
     assert report.cache_copies == 0
-    slots = empty_slots(1, 1, 1)
-    slot_bytes = 4 * ROWS * (resolved.max_model_len + 1)
-    assert report.aliased_bytes >= cache_bytes(step, case) + slot_bytes
+    token_ids = 4 * ROWS * (resolved.max_model_len + 1)  # the largest array of the slots
+    assert report.aliased_bytes >= cache_bytes(step, case) + token_ids
 
 
 def cache_bytes(step: Compiled, case: Case) -> int:
@@ -174,7 +172,7 @@ def expected_collectives(case: Case) -> collections.Counter[Collective]:
 
 
 def check_memory(step: Compiled, case: Case) -> None:
-    """It fits with the pages that were chosen; where memory was what limited them, twice as many would not."""
+    """It fits with the pages that were chosen; where memory limited them, twice as many would not."""
     report, planned, resolved = step
     needed = report.argument_bytes + report.temporary_bytes
     assert report.argument_bytes >= cache_bytes(step, case) + planned.bytes_per_device

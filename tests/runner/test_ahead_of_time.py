@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from jaxserve.runner.hlo import (
+from jaxserve.runner.ahead_of_time import (
     Collective,
     aliased_parameters,
     collectives_of,
@@ -27,10 +27,10 @@ def copies(line: str) -> list[str]:
     [
         f'%copy.1 = {TYPE} copy(%param.3), metadata={{op_name="jit(step)"}}',
         f"ROOT %copy.2 = {TYPE} copy({TYPE} %param.3)",
-        f"%copy-start.7 = ({TYPE}, {TYPE}, u32[]{{:S(2)}}) copy-start(%param.3), cross_program_prefetch_index=0",
+        f"%copy-start.7 = ({TYPE}, {TYPE}, u32[]{{:S(2)}}) copy-start(%param.3)",
         f"%copy-start.8 = ({TYPE[:-1]}S(1)}}, {TYPE}, u32[]{{:S(2)}}) copy-start({TYPE} %param.3)",
-        f"transpose.5 = bf16[1000,16,128,128]{{3,1,2,0:T(8,128)(2,1)}} transpose(%param.3), dimensions={{0,2,1,3}}",
-        f"%all-gather.1 = bf16[1000,128,128,128]{{3,2,1,0}} all-gather(%param.3), dimensions={{2}}",
+        "transpose.5 = bf16[1000,16,128,128]{3,1,2,0:T(8,128)} transpose(%p), dimensions={0,2,1,3}",
+        "%all-gather.1 = bf16[1000,128,128,128]{3,2,1,0} all-gather(%param.3), dimensions={2}",
         "%copy.3 = f32[1000,16,128]{2,1,0:T(8,128)} copy(%param.4)",
     ],
 )
