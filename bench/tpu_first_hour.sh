@@ -26,7 +26,13 @@ for attention in mosaic_tpu xla; do
 done
 cmp "$out"/answer-mosaic_tpu.txt "$out"/answer-xla.txt
 
-step "4. Serving speed; compare with the bounds in bench/results/tpu_roofline.jsonl"
+step "4. Decode steps of Llama 3.1 8B, random weights; compare with bench/results/tpu_roofline.jsonl"
+devices=$(run python -c 'import jax
+from jaxserve.platforms.tpu import chip_of
+print(1 if chip_of(jax.devices()[0]).hbm_bytes > 24 * 2**30 else len(jax.devices()))')
+run python bench/speed.py --shape llama-3.1-8b --parts decode_steps,ttft --batches 1,8,64,256 --context 960 --steps 128 \
+    --row-buckets 8,64,256 --token-buckets 1024 --max-num-seqs 256 --max-model-len 4096 \
+    --tensor-parallel-size "$devices" --output "$out/speed.jsonl"
 run jaxserve bench --workload uniform --requests 256 --batch-sizes 8,64 --repeats 3 --output "$out/bench.jsonl"
 
 step "5. A bundle that is compiled without the chips is taken by an engine on them"

@@ -31,7 +31,8 @@ hypothesis.settings.load_profile("default")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """``--nightly``: run what is too long for every change, too."""
+    """``--slow``: run what CI runs; ``--nightly``: and what is too long for every change."""
+    parser.addoption("--slow", action="store_true", help="run tests that are marked slow, too")
     parser.addoption("--nightly", action="store_true", help="run tests that are marked nightly, too")
 
 
@@ -62,6 +63,9 @@ def has_real_model() -> bool:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what this machine cannot run."""
+    runs_slow = item.config.getoption("--slow") or item.config.getoption("--nightly")
+    if item.get_closest_marker("slow") and not runs_slow:
+        pytest.skip("runs with --slow")
     if item.get_closest_marker("nightly") and not item.config.getoption("--nightly"):
         pytest.skip("runs with --nightly")
     for device in ("gpu", "tpu"):

@@ -20,6 +20,7 @@ def test_grid_leaves_out_what_does_not_fit() -> None:
     assert calibrate.grid((1,), (100, 900), steps=10, most_tokens=1000, most_length=912) == [(1, 100)]
 
 
+@pytest.mark.slow
 def test_a_profile_is_measured_written_and_simulated_by_name(tmp_path: Path, capsys) -> None:
     output, profile = tmp_path / "out.jsonl", tmp_path / "here.json"
     small = "--rows 1,4 --contexts 16 --steps 12 --requests 12 --rate 50 --prompt-scale 50 --output-scale 10"

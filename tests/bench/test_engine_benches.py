@@ -14,6 +14,7 @@ def _values(path: Path) -> dict[tuple[str, str], float]:
     return {(record["case"], record["metric"]): record["value"] for record in read_results([path])}
 
 
+@pytest.mark.slow
 def test_cpu_decode(tiny_model: Path, tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     flags = [

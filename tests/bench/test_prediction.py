@@ -48,6 +48,7 @@ def dataset(requests: int, seed: int) -> Dataset:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_heads_are_judged_on_what_they_have_not_seen(tmp_path: Path) -> None:
     data = dataset(200, 0)
     options = TrainingOptions(widths=(16,), epochs=30, learning_rate=1e-2, batch_size=64, dropout=0.0)
@@ -101,6 +102,7 @@ def test_service_is_in_order_and_hears_the_head(tmp_path: Path) -> None:
     assert found["service at the end, fused and head, from_32", "weight_hidden_states"] > 0.9
 
 
+@pytest.mark.slow
 def test_answers_are_collected_where_the_last_call_stopped(
     prompts: Path, tmp_path: Path, tiny_model: Path
 ) -> None:

@@ -2,10 +2,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from bench.results import read_results
 from bench.sim_vs_real import COMPARED, main
 
 
+@pytest.mark.slow
 def test_a_tiny_model_is_served_recorded_and_simulated(
     tiny_model: Path, traces: Path, tmp_path: Path
 ) -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from bench.shapes import MODELS
-from bench.tpu_roofline import Bound, Cost, attention_cost, bound, combine, link_bytes, weight_bytes
+from bench.tpu_roofline import Bound, Cost, Step, attention_cost, bound, combine, link_bytes, weight_bytes
 from jaxserve.core.plan import Bucket
 from jaxserve.models.registry import find_family
 from jaxserve.platforms.tpu import CHIPS
@@ -32,16 +32,21 @@ def test_tied_tables_are_read() -> None:
 
 
 def test_attention_reads_each_key_and_value_once() -> None:
-    cost = attention_cost(planned("llama-3.1-8b"), batch=3, context=1000)
+    cost = attention_cost(planned("llama-3.1-8b"), Step(3, 3, 1000))
     assert cost == Cost(4 * 3 * 1000 * 32 * 128, 2 * 3 * 1000 * 8 * 128 * 2, 0.0)
+
+
+def test_a_chunk_sees_itself_causally() -> None:
+    cost = attention_cost(planned("llama-3.1-8b"), Step(tokens=4, rows=1, context=10))
+    assert cost == Cost(4 * (7 + 8 + 9 + 10) * 32 * 128, 2 * 10 * 8 * 128 * 2, 0.0)
 
 
 def test_memory_and_arithmetic_overlap_and_links_do_not() -> None:
     chip = CHIPS["v5e"]
-    least = bound(Cost(197e12, 0.41e12, 100e9), chip)
-    assert (least.compute_s, least.memory_s, least.link_s) == (1.0, 0.5, 0.5)
-    assert least.step_s == 1.5
-    assert least.name == "matrix units"
+    times = bound(Cost(197e12, 0.41e12, 100e9), chip)
+    assert (times.compute_s, times.memory_s, times.link_s) == (1.0, 0.5, 0.5)
+    assert (times.least_s, times.expected_s) == (1.0, 1.5)
+    assert times.name == "matrix units"
     assert Bound(2.0, 1.0, 0.5).name == "memory"
 
 

@@ -196,8 +196,8 @@ def test_caches_stay_where_they_are_and_nothing_compiles(looping: LLM) -> None:
         TIGHT | {"pipeline_depth": 0},
         TIGHT | {"pipeline_depth": 1},
         TIGHT | {"pipeline_depth": 2},
-        {"tensor_parallel_size": 2},
-        {"kv_cache_dtype": "int8"},
+        pytest.param({"tensor_parallel_size": 2}, marks=pytest.mark.slow),
+        pytest.param({"kv_cache_dtype": "int8"}, marks=pytest.mark.slow),
     ],
     ids=lambda change: ",".join(f"{key}={value}" for key, value in change.items()),
 )
@@ -216,6 +216,7 @@ def test_preemption_and_devices_change_no_token(change: dict[str, Any], checkpoi
             assert llm.stats()["num_preemptions"] > 0, "this pool is meant to be too small"
 
 
+@pytest.mark.slow
 def test_a_loop_may_take_all_of_its_steps(
     checkpoint: Path, plain: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:

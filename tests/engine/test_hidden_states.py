@@ -109,9 +109,12 @@ def read_shards(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         {"pipeline_depth": 0},
         {"pipeline_depth": 2, "ordering": "sjf"},
         {"num_pages": 20, "max_model_len": 128},  # preemptions
-        {"tensor_parallel_size": 2},
-        {"max_decode_steps": 4},
-        {"num_pages": 20, "max_model_len": 128, "host_kv_bytes": 1 << 22, "max_decode_steps": 4},  # swaps
+        pytest.param({"tensor_parallel_size": 2}, marks=pytest.mark.slow),
+        pytest.param({"max_decode_steps": 4}, marks=pytest.mark.slow),
+        pytest.param(  # swaps
+            {"num_pages": 20, "max_model_len": 128, "host_kv_bytes": 1 << 22, "max_decode_steps": 4},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=str,
 )
@@ -164,6 +167,7 @@ def make_head(
     return path
 
 
+@pytest.mark.slow
 def test_a_head_is_found_beside_the_model_and_heard(
     checkpoint: Path, plain: list[list[int]], tmp_path: Path
 ) -> None:

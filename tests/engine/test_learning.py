@@ -30,6 +30,7 @@ OPTIONS: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 def test_an_engine_learns_restarts_and_makes_the_same_tokens(tmp_path: Path) -> None:
     rng = random.Random(0)
     prompts = [[rng.randrange(256) for _ in range(rng.randint(1, 60))] for _ in range(30)]

@@ -72,6 +72,7 @@ def recordings(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> di
     return folders
 
 
+@pytest.mark.slow
 def test_a_length_that_the_state_knows_is_found(recordings: dict[str, Path]) -> None:
     data = read_recordings([recordings["given"]])
     head, parts = train(data, QUICK)

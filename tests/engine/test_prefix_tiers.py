@@ -40,7 +40,7 @@ def conversations(llm: LLM) -> list[list[int]]:
     return answers
 
 
-@pytest.mark.parametrize("dtype", ["auto", "int8"])
+@pytest.mark.parametrize("dtype", ["auto", pytest.param("int8", marks=pytest.mark.slow)])
 def test_tokens_are_the_same_on_no_tier_one_and_two(checkpoint: Path, dtype: str, tmp_path: Path) -> None:
     """One runner, compiled once, behind an engine for each depth; a recording replays every copy."""
     config = EngineConfig.from_flat({**SMALL, "kv_cache_dtype": dtype, "model": str(checkpoint)})

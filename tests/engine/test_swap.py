@@ -57,7 +57,13 @@ def answers(llm: LLM, *, at_once: bool) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "decode_steps"), [("auto", 1), ("auto", 4), ("int8", 1), ("fp8", 1), ("fp8", 4)]
+    ("dtype", "decode_steps"),
+    [
+        ("auto", 1),
+        ("auto", 4),
+        ("int8", 1),
+        *(pytest.param("fp8", n, marks=pytest.mark.slow) for n in (1, 4)),
+    ],
 )
 def test_tokens_are_the_same_at_every_depth(
     checkpoint: Path, dtype: str, decode_steps: int, tmp_path: Path

@@ -77,7 +77,13 @@ LOW_PRECISION = (
 )
 
 
-@pytest.mark.parametrize("spec", LOW_PRECISION, ids=lambda spec: spec.name)
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [pytest.param(spec, id=spec.name, marks=slow if n else ()) for n, spec in enumerate(LOW_PRECISION)],
+)
 def test_bfloat16_rows_are_taken_from_their_words(spec: ArgSpec, blocks_are_small: None) -> None:
     with simulated_tpu():
         assert attend(spec, "bfloat16")[0] <= ATTENTION_TOLERANCE["bfloat16"]
@@ -104,12 +110,12 @@ FOLDED_ROWS = ((1, 30), (1, 17), (0, 0), (5, 9), (19, 19), (35, 150), (1, 1), (1
     ("heads", "head_dim", "dtype", "kv_dtype", "folds"),
     [
         (1, 64, "bfloat16", "", 2),
-        (3, 64, "bfloat16", "", 2),
-        (1, 128, "float32", "int8", 2),
-        (1, 128, "bfloat16", "float8_e4m3fn", 2),
+        pytest.param(3, 64, "bfloat16", "", 2, marks=slow),
+        pytest.param(1, 128, "float32", "int8", 2, marks=slow),
+        pytest.param(1, 128, "bfloat16", "float8_e4m3fn", 2, marks=slow),
         (1, 64, "float32", "int8", 4),
-        (2, 64, "float32", "int8", 2),
-        (1, 256, "float32", "int8", 2),
+        pytest.param(2, 64, "float32", "int8", 2, marks=slow),
+        pytest.param(1, 256, "float32", "int8", 2, marks=slow),
     ],
 )
 def test_a_folded_cache_is_attended_and_written(
@@ -132,7 +138,10 @@ def test_a_folded_cache_is_attended_and_written(
 
 
 @pytest.mark.parametrize("kv_dtype", ["", "int8"])
-@pytest.mark.parametrize("name", ["mixed", "decode_page_borders", "decode_all_empty"])
+@pytest.mark.parametrize(
+    "name",
+    ["mixed", *(pytest.param(name, marks=slow) for name in ("decode_page_borders", "decode_all_empty"))],
+)
 def test_two_cores_share_the_work(name: str, kv_dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both write the chunks' tokens, the same bytes: to the simulator that is a race."""
 

@@ -49,11 +49,13 @@ EVERY_DTYPE = ("float32", "bfloat16", "float16")
 SIMULATED_SPECS = ("decode_many_kv_blocks", "gqa_3", "head_dim_256")
 
 
-# A simulated GPU takes seconds a case: Triton's interpreter runs these for every change, the rest nightly.
+# A simulated device takes seconds a case: Triton's interpreter runs these in CI, the rest nightly.
 INTERPRETED_SPECS = ("mixed", "gqa_3", "window_chunk")
+# And these run everywhere, a simulated TPU's other cases in CI.
+ESSENTIAL_SPECS = ("mixed", "decode_page_borders", "decode_empty_slots", "gqa_3", "window_and_soft_cap")
 
 
-nightly = pytest.mark.nightly
+nightly, slow = pytest.mark.nightly, pytest.mark.slow
 
 
 def when(implementation: str, name: str, *rest: str) -> Any:
@@ -62,8 +64,15 @@ def when(implementation: str, name: str, *rest: str) -> Any:
         "triton": name in INTERPRETED_SPECS and (rest[0] == "float32" or name == "mixed"),
         "mosaic_gpu": rest[0] == "bfloat16" or name == "mixed",
     }
-    is_slow = implementation in SIMULATED and not is_core.get(implementation, True)
-    return pytest.param(implementation, name, *rest, marks=nightly if is_slow else ())
+    if implementation not in SIMULATED:
+        marks = ()
+    elif not is_core.get(implementation, True):
+        marks = nightly
+    else:
+        names = ("mixed",) if implementation == "mosaic_gpu" else ESSENTIAL_SPECS
+        is_essential = name in names and rest[0] == finest_dtype(implementation)
+        marks = () if is_essential or implementation == "triton" else slow
+    return pytest.param(implementation, name, *rest, marks=marks)
 
 
 def cases_of(implementation: str) -> list[tuple[str, str]]:

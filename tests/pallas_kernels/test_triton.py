@@ -49,6 +49,7 @@ def test_what_it_does_not_take_is_refused() -> None:
         ragged_paged_attention(q, kv, kv, cache, metadata, scale=1.0, implementation="triton")
 
 
+@pytest.mark.slow
 @given(
     st.lists(
         st.tuples(st.sampled_from([0, 1, 1, 3, 16, 17, 40]), st.integers(0, 90)), min_size=1, max_size=6

@@ -115,6 +115,7 @@ def test_several_engines_learn_each_for_itself() -> None:
         simulate(TRACE, cluster, SimulationOptions(router="round_robin"), make_tuner=maker, jobs=2)
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_prior_and_learns_from_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
