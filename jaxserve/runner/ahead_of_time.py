@@ -103,7 +103,7 @@ class StepReport:
         compile_s: seconds to compile it.
         argument_bytes, temporary_bytes: memory of its inputs, and what it needs beside them.
         aliased_bytes: of the outputs that are written over inputs.
-        lost_donations: donated arrays, of caches and slots, that no output is written over.
+        lost_donations: arrays of caches and slots that no output is written over, though they are donated.
         collectives: how many of each; those in branches that a step may not take count too.
         cache_copies: instructions that copy or gather a whole layer's cache, or its scales.
         host_transfers: instructions that talk to the host while the step runs.
@@ -205,16 +205,17 @@ def report_step(
     memory = compiled.memory_analysis()
     text = compiled.as_text()
     instructions = read_instructions(text)
-    cache = cache_shapes(resolved.layout, resolved.num_pages, planned.placement)
+    cache = jax.tree.leaves(cache_shapes(resolved.layout, resolved.num_pages, planned.placement))
+    num_donated = len(cache) * planned.module.config.num_layers + len(jax.tree.leaves(empty_slots(1, 1, 1)))
     return StepReport(
         bucket=bucket,
         compile_s=compile_s,
         argument_bytes=memory.argument_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
         aliased_bytes=memory.alias_size_in_bytes,
-        lost_donations=len(compiled.donate_argnums) - len(aliased_parameters(text)),
+        lost_donations=num_donated - len(aliased_parameters(text)),
         collectives=collectives_of(instructions),
-        cache_copies=len(copies_of(instructions, [_shard(array) for array in jax.tree.leaves(cache)])),
+        cache_copies=len(copies_of(instructions, [_shard(array) for array in cache])),
         host_transfers=sum(each.op in _HOST_TRANSFERS for each in instructions),
         custom_calls=collections.Counter(re.findall(r'custom_call_target="([^"]+)"', text)),
     )

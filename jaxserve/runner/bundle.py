@@ -190,7 +190,7 @@ def _places(devices: Sequence[Any], all_devices: Sequence[Any]) -> list[list[int
         return []
 
     def place(device: Any) -> list[int]:
-        return [*device.coords, device.core_on_chip]
+        return [*device.coords, getattr(device, "core_on_chip", 0)]
 
     corner = [min(along) for along in zip(*map(place, all_devices), strict=True)]
     return [[at - least for at, least in zip(place(each), corner, strict=True)] for each in devices]
