@@ -162,12 +162,30 @@ def cache_bytes(step: Compiled, case: Case) -> int:
 
 
 def expected_collectives(case: Case) -> collections.Counter[Collective]:
-    """What devices say to each other in a step: after attention and the feed-forward layer, ..."""
+    """All that devices say to each other in a step, by the bytes of a result, and in a loop once for its body.
+
+    The vocabulary is cut over devices, so the sampler talks of each row; some of it in branches that a step
+    takes only if a row wants it.
+    """
     if case.num_devices == 1:
         return collections.Counter()
-    hidden = MODELS[case.model]["hidden_size"]
+    activations = case.bucket.tokens * MODELS[case.model]["hidden_size"] * 2
+    row, of_each_device = 4 * ROWS, 4 * ROWS * case.num_devices
+    reports = case.bucket.decode_steps == 1  # log-probabilities: a loop has none
     return collections.Counter(
-        {Collective("all-reduce", case.bucket.tokens * hidden * 2): 2 * NUM_LAYERS + 1}
+        {
+            # After attention and after the feed-forward layer, and for the embedding.
+            Collective("all-reduce", activations): 2 * NUM_LAYERS + 1,
+            # Each device's best, and which that is.
+            Collective("all-gather", of_each_device): 10,
+            # The block of 128 logits that has the best.
+            Collective("all-reduce", 128 * row): 3,
+            # One number a row, and two.
+            Collective("all-reduce", row): 4 if reports else 2,
+            Collective("all-reduce", 2 * row): 2 if reports else 1,
+        }
+        # Each device's best 20, and which those are.
+        | ({Collective("all-gather", 20 * of_each_device): 2} if reports else {})
     )
 
 
