@@ -162,7 +162,7 @@ def cache_bytes(step: Compiled, case: Case) -> int:
 
 
 def expected_collectives(case: Case) -> collections.Counter[Collective]:
-    """All that devices say to each other in a step, by the bytes of a result, and in a loop once for its body.
+    """All that devices say to each other in a step, by the bytes of a result; a loop's body counts once.
 
     The vocabulary is cut over devices, so the sampler talks of each row; some of it in branches that a step
     takes only if a row wants it.
