@@ -133,7 +133,7 @@ def check(generation: str, shape: Shape) -> None:
     compiled = lower_for(generation, shape).compile()
     text, memory = compiled.as_text(), compiled.memory_analysis()
     assert f'/{mosaic_tpu.NAME}/pallas_call"' in text
-    shapes = [shape.layout.shape(NUM_PAGES)]
+    shapes: list[tuple[int, ...]] = [shape.layout.shape(NUM_PAGES)]
     if shape.layout.has_scales:
         shapes.append(shape.layout.scales_shape(NUM_PAGES))
     assert copies_of(read_instructions(text), shapes) == []
