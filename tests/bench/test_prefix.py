@@ -15,6 +15,7 @@ def _values(path: Path) -> dict[tuple[str, str], float]:
     return {(record["case"], record["metric"]): record["value"] for record in read_results([path])}
 
 
+@pytest.mark.slow
 def test_a_shared_prompt_is_computed_once(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     flags = ["--parts", "ttft", "--shape", "tiny", "--requests", "3", "--system-tokens", "64"]

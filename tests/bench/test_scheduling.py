@@ -82,6 +82,7 @@ def test_fused_attention_saves_a_share_of_the_shorter_part() -> None:
     assert more == pytest.approx(OVERLAPPED_SHARE * bytes_s)
 
 
+@pytest.mark.slow
 def test_sweep_serves_and_simulates_the_same_requests(tmp_path: Path, capsys) -> None:
     path = tmp_path / "out.jsonl"
     flags = (

@@ -29,6 +29,7 @@ def answers(checkpoint: Path, tensor_parallel_size: int) -> list[list[int]]:
         return [list(output.outputs[0].token_ids) for output in llm.generate(["ab", "x" * 30, "q"], params)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folds", [pytest.param(1, marks=pytest.mark.nightly), 2])
 def test_tokens_do_not_depend_on_the_caches_order(
     folds: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -84,6 +84,7 @@ def metadata_of(rows: list[tuple[int, int]]) -> tuple[AttentionMetadata, list[tu
     )
 
 
+@pytest.mark.slow
 @given(step_rows, st.sampled_from([1, 3, 16]), st.sampled_from([None, 1, 70]))
 def test_decode_tiles_are_shared_out_once_and_evenly(
     rows: list[tuple[int, int]], num_workers: int, window: int | None
@@ -121,6 +122,7 @@ def test_decode_tiles_are_shared_out_once_and_evenly(
     assert not shares[3, num_workers:].any()
 
 
+@pytest.mark.slow
 @given(step_rows)
 def test_prefill_tiles_cover_every_query_once_longest_first(rows: list[tuple[int, int]]) -> None:
     metadata, lengths = metadata_of(rows)

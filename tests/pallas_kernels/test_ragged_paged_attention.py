@@ -90,7 +90,10 @@ def checks_pages(implementation: str, dtype: str) -> bool:
     )
 
 
-every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+every_implementation = pytest.mark.parametrize(
+    "implementation",
+    [pytest.param(each, marks=slow if each in EAGER else ()) for each in IMPLEMENTATIONS],
+)
 
 
 def call(q, k, v, kv_pages, metadata, **options):

@@ -37,6 +37,7 @@ def _e2e(predictor: str, **scheduler: Any) -> dict[str, tuple[float, str]]:
     return simulate(_stream(1500, 8.0), cluster, SimulationOptions(predictor=predictor)).metrics()
 
 
+@pytest.mark.slow
 def test_a_shuffled_predictor_destroys_what_a_right_one_gains() -> None:
     mean = {"fcfs": _e2e("mean")["e2e_mean_s"][0]}
     for predictor in ("oracle", "noisy", "shuffled", "constant"):
