@@ -7,6 +7,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from tests.support.tpu_host import has_tpu
+
 # JAX reads these when it is imported, later; processes that a test starts inherit them.
 # A value from outside wins.
 for name, value in {
@@ -15,13 +17,14 @@ for name, value in {
     "JAX_NUM_CPU_DEVICES": "8",
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
-    # libtpu is here for its compiler: no TPU is looked for, and several processes may load it.
-    "TPU_SKIP_MDS_QUERY": "1",
+    # Several processes may load libtpu, for its compiler.
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }.items():
     os.environ.setdefault(name, value)
-if not any(Path("/dev", name).exists() for name in ("accel0", "vfio/0", "nvidiactl")):
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if not has_tpu():
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu is here for its compiler: it looks for no TPU
+    if not Path("/dev/nvidiactl").exists():
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 hypothesis.settings.register_profile("default", deadline=None, derandomize="CI" in os.environ)
 hypothesis.settings.load_profile("default")

@@ -80,7 +80,8 @@ def _compile_to(config: EngineConfig, platform: str, topology: str, output: Path
         fits = [_print_step(report, limit) for report in _compile_steps(config, planned, resolved)]
     if output is not None:
         seal(programs_folder(output))
-        write_manifest(make_manifest(config, resolved, model, device.device_kind, topology), output)
+        taken = list(planned.placement.mesh.devices.flat)
+        write_manifest(make_manifest(config, resolved, model, taken, devices, topology), output)
         print(f"bundle       {output}: jaxserve serve --bundle {output} ...")
     return 0 if all(fits) else 1
 

@@ -199,8 +199,9 @@ def declare_model(config: EngineConfig, platform: Platform, hf_config: HfConfig)
         ConfigError: for an architecture that is not supported, or that these devices cannot share.
     """
     model_config = find_family(hf_config).config_from_hf(hf_config)
-    mesh = make_mesh(config.parallel.tensor_parallel_size, jax.devices(platform.name))
-    check_devices(config.runner.bundle, model_config, list(mesh.devices.flat))
+    devices = jax.devices(platform.name)
+    mesh = make_mesh(config.parallel.tensor_parallel_size, devices)
+    check_devices(config.runner.bundle, model_config, list(mesh.devices.flat), devices)
     placement = Placement(mesh)
     check_divisible(model_config, mesh, placement.rules)
     return Decoder(model_config, resolve_dtype(config, platform)), placement
@@ -229,10 +230,17 @@ def make_runner(
         f"lower memory_fraction={config.cache.memory_fraction} or num_pages={resolved.num_pages}, "
         f"max_num_seqs={resolved.num_slots} or max_num_batched_tokens={resolved.ladder.token_budget}"
     )
+    bundle = config.runner.bundle
     with (
         naming_what_to_lower(what, lower),
         tqdm(total=num_programs, desc=desc, unit="program", disable=not progress) as bar,
     ):
+
+        def on_compiled(program: str, was_kept: bool) -> None:
+            bar.update()
+            if bundle is not None and not was_kept:
+                _LOG.warning("bundle=%s: has no %s for this machine; it was compiled here", bundle, program)
+
         runner = ModelRunner(
             model.module,
             model.params,
@@ -242,7 +250,7 @@ def make_runner(
             run_each_once=model.platform.slow_first_run,
             pairs_single_rows=model.platform.pairs_single_rows,
             branches_on_host=model.platform.branches_on_host,
-            on_compiled=bar.update,
+            on_compiled=on_compiled,
             probes=probes,
         )
     folder = _compile_cache_folder(config)

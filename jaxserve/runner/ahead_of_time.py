@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -33,9 +34,41 @@ from jaxserve.runner.resolve import ResolvedConfig, resolve, resolve_dtype
 from jaxserve.runner.slots import empty_slots
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-_HOST_OPS = ("infeed", "outfeed", "send", "recv")
-_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?\S+ = (?P<shape>.*?) (?P<op>[a-z][a-z0-9-]*)\(", re.MULTILINE)
+_HOST_TRANSFERS = ("infeed", "outfeed", "send", "recv")
+_COPIES = ("copy", "transpose")
+
+_INSTRUCTION = re.compile(r"\s*(?P<text>(?:ROOT )?%?\S+ = (?P<type>.*?) (?P<op>[a-z][a-z0-9-]*)\(.*)")
 _ARRAY = re.compile(r"(?P<kind>[a-z]+)(?P<bits>[0-9]*)[a-z0-9]*\[(?P<dims>[0-9,]*)\]")
+_ALIAS = re.compile(r"\{[0-9, ]*\}: \((?P<parameter>[0-9]+), \{[0-9, ]*\}, (?:may|must)-alias\)")
+
+
+class ArrayType(NamedTuple):
+    """An array in the type of a result: its sizes, and the bits of an element."""
+
+    dims: tuple[int, ...]
+    bits: int
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.dims)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.size * self.bits // 8
+
+
+class Instruction(NamedTuple):
+    """One instruction.
+
+    Attributes:
+        op: what it does; of an asynchronous pair the beginning, without its ``-start``.
+        arrays: of its result; the beginning of a pair has its operands among them.
+        text: its line.
+    """
+
+    op: str
+    arrays: tuple[ArrayType, ...]
+    text: str
 
 
 class Collective(NamedTuple):
@@ -70,6 +103,7 @@ class StepReport:
         compile_s: seconds to compile it.
         argument_bytes, temporary_bytes: memory of its inputs, and what it needs beside them.
         aliased_bytes: of the outputs that are written over inputs.
+        lost_donations: arrays of caches and slots that no output is written over, though they are donated.
         collectives: how many of each; those in branches that a step may not take count too.
         cache_copies: instructions that copy or gather a whole layer's cache, or its scales.
         host_transfers: instructions that talk to the host while the step runs.
@@ -81,6 +115,7 @@ class StepReport:
     argument_bytes: int
     temporary_bytes: int
     aliased_bytes: int
+    lost_donations: int
     collectives: Mapping[Collective, int]
     cache_copies: int
     host_transfers: int
@@ -151,7 +186,7 @@ def compile_steps(
         caches=(cache,) * planned.module.config.num_layers,
         slots=slots,
         branches_on_host=False,
-        on_compiled=lambda: None,
+        on_compiled=lambda *_: None,
     )
 
 
@@ -169,30 +204,58 @@ def report_step(
     """
     memory = compiled.memory_analysis()
     text = compiled.as_text()
-    ops = [(match["op"], match["shape"]) for match in _INSTRUCTION.finditer(text)]
-    cache = cache_shapes(resolved.layout, resolved.num_pages, planned.placement)
-    shards: list[Any] = [array.sharding.shard_shape(array.shape) for array in jax.tree.leaves(cache)]
-    # Activations may be as large as scales, but are not of their shape.
-    whole, same = _elements(shards[0]), {",".join(map(str, shard)) for shard in shards}
-    ops = [(op.removesuffix("-start"), shape) for op, shape in ops]
-    count = collections.Counter(op for op, _ in ops)
+    instructions = read_instructions(text)
+    cache = jax.tree.leaves(cache_shapes(resolved.layout, resolved.num_pages, planned.placement))
+    num_donated = len(cache) * planned.module.config.num_layers + len(jax.tree.leaves(empty_slots(1, 1, 1)))
     return StepReport(
         bucket=bucket,
         compile_s=compile_s,
         argument_bytes=memory.argument_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
         aliased_bytes=memory.alias_size_in_bytes,
-        collectives=collections.Counter(
-            Collective(op, sum(_bytes(shape))) for op, shape in ops if op in COLLECTIVES
-        ),
-        cache_copies=sum(
-            op in ("copy", "transpose", *COLLECTIVES)
-            and (max(_sizes(shape), default=0) >= whole or not same.isdisjoint(_dims(shape)))
-            for op, shape in ops
-        ),
-        host_transfers=sum(count[op] for op in _HOST_OPS),
+        lost_donations=num_donated - len(aliased_parameters(text)),
+        collectives=collectives_of(instructions),
+        cache_copies=len(copies_of(instructions, [_shard(array) for array in cache])),
+        host_transfers=sum(each.op in _HOST_TRANSFERS for each in instructions),
         custom_calls=collections.Counter(re.findall(r'custom_call_target="([^"]+)"', text)),
     )
+
+
+def read_instructions(text: str) -> list[Instruction]:
+    """Every instruction of every computation; the end of an asynchronous pair is an instruction too."""
+    return [
+        Instruction(match["op"].removesuffix("-start"), _arrays(match["type"]), match["text"])
+        for match in map(_INSTRUCTION.match, text.splitlines())
+        if match is not None
+    ]
+
+
+def collectives_of(instructions: Sequence[Instruction]) -> collections.Counter[Collective]:
+    """How many of each; those in branches that may not be taken count too."""
+    return collections.Counter(
+        Collective(each.op, sum(array.num_bytes for array in each.arrays))
+        for each in instructions
+        if each.op in COLLECTIVES
+    )
+
+
+def copies_of(instructions: Sequence[Instruction], shapes: Sequence[tuple[int, ...]]) -> list[Instruction]:
+    """Those that copy, rearrange or gather as much as the first shape holds, or an array of any of them.
+
+    Activations may be as large as what is small, but are not of its shape.
+    """
+    return [
+        each
+        for each in instructions
+        if each.op in (*_COPIES, *COLLECTIVES)
+        and any(array.size >= math.prod(shapes[0]) or array.dims in shapes for array in each.arrays)
+    ]
+
+
+def aliased_parameters(text: str) -> frozenset[int]:
+    """The program's parameters that it writes a result over."""
+    header = text.partition("\n")[0]
+    return frozenset(int(match["parameter"]) for match in _ALIAS.finditer(header))
 
 
 def timed[T](make: Callable[[], T]) -> tuple[T, float]:
@@ -203,27 +266,16 @@ def timed[T](make: Callable[[], T]) -> tuple[T, float]:
 
 
 def _bytes_per_device(array: jax.ShapeDtypeStruct) -> int:
-    return _elements(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
+    return math.prod(_shard(array)) * array.dtype.itemsize
 
 
-def _elements(shape: Iterable[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
+def _shard(array: Any) -> tuple[int, ...]:
+    """What each device has of an array."""
+    return array.sharding.shard_shape(array.shape)
 
 
-def _sizes(shapes: str) -> list[int]:
-    """Elements of each array in an HLO type."""
-    return [_elements(int(size) for size in dims.split(",") if size) for dims in _dims(shapes)]
-
-
-def _dims(shapes: str) -> list[str]:
-    """Sizes of each array in an HLO type, as they are written there."""
-    return [match["dims"] for match in _ARRAY.finditer(shapes)]
-
-
-def _bytes(shapes: str) -> list[int]:
-    """Bytes of each array in an HLO type."""
-    bits = (int(match["bits"] or 8) for match in _ARRAY.finditer(shapes))
-    return [size * each // 8 for size, each in zip(_sizes(shapes), bits, strict=True)]
+def _arrays(result_type: str) -> tuple[ArrayType, ...]:
+    return tuple(
+        ArrayType(tuple(int(size) for size in match["dims"].split(",") if size), int(match["bits"] or 8))
+        for match in _ARRAY.finditer(result_type)
+    )

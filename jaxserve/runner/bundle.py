@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from jaxserve.models.config import DecoderConfig
 from jaxserve.runner.resolve import ResolvedConfig
 
 MANIFEST = "bundle.json"
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +35,8 @@ class Manifest:
         versions: package -> version; all must be the same here.
         device_kind: as JAX names it.
         topology: as the user gave it, for messages.
+        slice_shape: devices of the whole slice along x, y, z and in a chip; empty if they have no places.
+        places: of the devices that the engine takes, in its order, by the same axes, from the slice's corner.
         model: fingerprint of the architecture.
         options: engine options that it was made with; the engine takes them from here.
     """
@@ -42,6 +44,8 @@ class Manifest:
     versions: Mapping[str, str]
     device_kind: str
     topology: str
+    slice_shape: Sequence[int]
+    places: Sequence[Sequence[int]]
     model: str
     options: Mapping[str, Any]
 
@@ -52,9 +56,23 @@ def programs_folder(bundle: Path) -> Path:
 
 
 def make_manifest(
-    config: EngineConfig, resolved: ResolvedConfig, model: DecoderConfig, device_kind: str, topology: str
+    config: EngineConfig,
+    resolved: ResolvedConfig,
+    model: DecoderConfig,
+    devices: Sequence[Any],
+    all_devices: Sequence[Any],
+    topology: str,
 ) -> Manifest:
-    """The manifest of programs that are being compiled here."""
+    """The manifest of programs that are being compiled here.
+
+    Args:
+        config: the engine's.
+        resolved: its sizes.
+        model: the architecture.
+        devices: that the engine takes, in its order.
+        all_devices: of the slice that they are in.
+        topology: as the user gave it.
+    """
     options = {
         "dtype": resolved.dtype,
         "max_model_len": resolved.max_model_len,
@@ -71,8 +89,10 @@ def make_manifest(
     }
     return Manifest(
         versions=_versions(),
-        device_kind=device_kind,
+        device_kind=devices[0].device_kind,
         topology=topology,
+        slice_shape=_slice_shape(all_devices),
+        places=_places(devices, all_devices),
         model=fingerprint(model),
         options=options,
     )
@@ -123,8 +143,22 @@ def with_bundle(config: EngineConfig) -> EngineConfig:
     return EngineConfig.from_flat(flat)
 
 
-def check_devices(bundle: Path | None, model: DecoderConfig, devices: list[Any]) -> None:
-    """Raises ConfigError if a bundle was made for another kind or number of devices, or another model."""
+def check_devices(
+    bundle: Path | None, model: DecoderConfig, devices: Sequence[Any], all_devices: Sequence[Any]
+) -> None:
+    """Checks that a bundle was made for these devices and this model.
+
+    Programs know the whole slice: those for a slice of four chips do not run on four chips of eight.
+
+    Args:
+        bundle: its folder, if any.
+        model: the architecture.
+        devices: that the engine takes, in its order.
+        all_devices: of the slice that they are in.
+
+    Raises:
+        ConfigError: if it was made for devices of another kind, number or place, or for another model.
+    """
     if bundle is None:
         return
     manifest = read_manifest(bundle)
@@ -132,6 +166,8 @@ def check_devices(bundle: Path | None, model: DecoderConfig, devices: list[Any])
     for name, made_for, here in (
         ("devices", manifest.device_kind, devices[0].device_kind),
         ("number of devices", needed, len(devices)),
+        ("shape of the whole slice", manifest.slice_shape, _slice_shape(all_devices)),
+        ("places of the devices", manifest.places, _places(devices, all_devices)),
         ("model", manifest.model, fingerprint(model)),
     ):
         if made_for != here:
@@ -143,6 +179,23 @@ def check_devices(bundle: Path | None, model: DecoderConfig, devices: list[Any])
 def fingerprint(model: DecoderConfig) -> str:
     """A digest of an architecture."""
     return hashlib.sha256(repr(model).encode()).hexdigest()[:16]
+
+
+def _slice_shape(all_devices: Sequence[Any]) -> list[int]:
+    places = _places(all_devices, all_devices)
+    return [max(along) + 1 for along in zip(*places, strict=True)]
+
+
+def _places(devices: Sequence[Any], all_devices: Sequence[Any]) -> list[list[int]]:
+    """Where each device is, from the corner of the slice; nothing for devices that have no places."""
+    if any(getattr(device, "coords", None) is None for device in all_devices):
+        return []
+
+    def place(device: Any) -> list[int]:
+        return [*device.coords, getattr(device, "core_on_chip", 0)]
+
+    corner = [min(along) for along in zip(*map(place, all_devices), strict=True)]
+    return [[at - least for at, least in zip(place(each), corner, strict=True)] for each in devices]
 
 
 def _versions() -> dict[str, str]:

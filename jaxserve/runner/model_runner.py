@@ -26,7 +26,7 @@ from jaxserve.runner.kv_cache import cache_shapes
 from jaxserve.runner.out_of_memory import ALLOCATION_ERRORS, is_out_of_memory, reason
 from jaxserve.runner.page_swap import PageSwapper
 from jaxserve.runner.probes import ProbeHandle, ProbeOptions, ProbePrograms
-from jaxserve.runner.programs import Programs
+from jaxserve.runner.programs import OnCompiled, Programs
 from jaxserve.runner.resolve import ResolvedConfig
 from jaxserve.runner.sampler import Sampled, SamplingKind, kind_of
 from jaxserve.runner.slots import SlotState, empty_slots, pack_admissions
@@ -65,7 +65,7 @@ class ModelRunner:
         run_each_once: bool,
         pairs_single_rows: bool,
         branches_on_host: bool,
-        on_compiled: Callable[[], object] = lambda: None,
+        on_compiled: OnCompiled = lambda *_: None,
         probes: ProbeOptions | None = None,
     ) -> None:
         self._params = params

@@ -21,11 +21,14 @@ from jaxserve.models.decoder import Decoder
 from jaxserve.models.params import Params
 from jaxserve.models.sharding import Placement
 from jaxserve.pallas_kernels.ragged_paged_attention.api import Implementation
+from jaxserve.runner.compile_counter import compile_counter
 from jaxserve.runner.sampler import SamplingKind
 from jaxserve.runner.slots import SlotState, slot_width, write_admissions
 from jaxserve.runner.step import Caches, make_step
 
 Compiled = Callable[..., Any]
+# Called for each program: its name, and whether it was in the compile cache.
+OnCompiled = Callable[[str, bool], object]
 type _Key = tuple[Bucket, SamplingKind] | int
 
 
@@ -48,7 +51,7 @@ class Programs:
         caches: Caches,
         slots: SlotState,
         branches_on_host: bool,
-        on_compiled: Callable[[], object],
+        on_compiled: OnCompiled,
         hidden_layers: tuple[int, ...] = (),
     ) -> None:
         replicated = placement.sharding()
@@ -102,19 +105,33 @@ def _job(function: Any, *args: Any) -> Callable[[], jax.stages.Lowered]:
     return lambda: function.lower(*args)
 
 
+def _name(key: _Key) -> str:
+    if isinstance(key, int):
+        return f"program for {key} admissions"
+    bucket, kind = key
+    steps = f" x {bucket.decode_steps}" if bucket.decode_steps > 1 else ""
+    what = "decode" if bucket.is_decode else "mixed"
+    return (
+        f"{what} step of {bucket.tokens} tokens in {bucket.rows} rows{steps} ({kind.name.lower()} sampling)"
+    )
+
+
 def _compile_all(
-    jobs: dict[_Key, Callable[[], jax.stages.Lowered]], on_compiled: Callable[[], object]
+    jobs: dict[_Key, Callable[[], jax.stages.Lowered]], on_compiled: OnCompiled
 ) -> dict[_Key, Compiled]:
     """Traces one after the other (Python), compiles side by side (XLA releases the interpreter)."""
 
-    def compile_one(lowered: jax.stages.Lowered) -> Compiled:
+    counter = compile_counter()
+
+    def compile_one(key: _Key, lowered: jax.stages.Lowered) -> Compiled:
+        before = counter.misses_here
         compiled = lowered.compile()
-        on_compiled()
+        on_compiled(_name(key), counter.misses_here == before)
         return compiled
 
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
         try:
-            futures = {key: pool.submit(compile_one, lower()) for key, lower in jobs.items()}
+            futures = {key: pool.submit(compile_one, key, lower()) for key, lower in jobs.items()}
             return {key: future.result() for key, future in futures.items()}
         except BaseException:  # Ctrl-C must not wait for what has not begun
             pool.shutdown(cancel_futures=True)

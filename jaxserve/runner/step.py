@@ -11,11 +11,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxserve.core.plan import Bucket
+from jaxserve.errors import ConfigError
 from jaxserve.models.config import AttentionOptions
 from jaxserve.models.decoder import Decoder
 from jaxserve.models.layers.attention import AttendFn
 from jaxserve.models.params import Params, bind
 from jaxserve.models.sharding import HEADS_AXES, Placement
+from jaxserve.pallas_kernels.dispatch import NoImplementationError
 from jaxserve.pallas_kernels.layout import KVPages
 from jaxserve.pallas_kernels.ragged_paged_attention.api import (
     AttentionMetadata,
@@ -231,7 +233,7 @@ def _make_attend(
     @functools.cache  # traced once, not once a layer: layers differ in their options only
     def kernel(scale: float, sliding_window: int | None, soft_cap: float | None) -> Callable[..., Any]:
         attention = functools.partial(
-            ragged_paged_attention,
+            _attention_or_error,
             scale=scale,
             sliding_window=sliding_window,
             soft_cap=soft_cap,
@@ -254,3 +256,13 @@ def _make_attend(
         return attention(q, k, v, kv_cache, metadata)
 
     return attend
+
+
+def _attention_or_error(*args: Any, implementation: Implementation, **kwargs: Any) -> Any:
+    """`ragged_paged_attention`; raises ConfigError where that refuses the input, while it is traced."""
+    try:
+        return ragged_paged_attention(*args, implementation=implementation, **kwargs)
+    except (NotImplementedError, NoImplementationError) as error:
+        refusals = error.exceptions if isinstance(error, NoImplementationError) else (error,)
+        reasons = "; ".join(map(str, refusals))
+        raise ConfigError(f"attention={implementation!r}: {reasons}") from error

@@ -57,6 +57,7 @@ def test_a_ring_passes_an_all_reduce_twice() -> None:
         argument_bytes=0,
         temporary_bytes=0,
         aliased_bytes=0,
+        lost_donations=0,
         collectives={Collective("all-reduce", 800): 2, Collective("all-gather", 80): 1},
         cache_copies=0,
         host_transfers=0,

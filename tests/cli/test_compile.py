@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import types
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from jaxserve.cli import main
 from jaxserve.config import EngineConfig
 from jaxserve.errors import ConfigError
 from jaxserve.models.registry import find_family
-from jaxserve.runner.bundle import MANIFEST, check_devices, read_manifest, with_bundle
+from jaxserve.platforms.tpu import Tpu
+from jaxserve.runner.ahead_of_time import plan_engine
+from jaxserve.runner.bundle import MANIFEST, check_devices, make_manifest, read_manifest, with_bundle
 from tests.support.faults import files_of_at_most, names_in
 from tests.support.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
-from tests.support.tpu_compiler import needs_libtpu
+from tests.support.tpu_compiler import devices, needs_libtpu
 
 SIZES = ("--dtype=float32", "--max-num-seqs=2", "--row-buckets=2", "--token-buckets=8", "--num-pages=9")
 
@@ -40,11 +43,11 @@ def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_an_engine_takes_programs_and_sizes_from_a_bundle(checkpoint: Path, bundle: Path) -> None:
+def test_an_engine_takes_programs_and_sizes_from_a_bundle(checkpoint: Path, bundle: Path, caplog) -> None:
     programs = {path.name for path in (bundle / "xla").glob("*-cache")}
     events: list[str] = []
     jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
-    with LLM(str(checkpoint), bundle=bundle, use_tqdm=False, page_size=16) as llm:
+    with caplog.at_level("WARNING"), LLM(str(checkpoint), bundle=bundle, use_tqdm=False, page_size=16) as llm:
         (output,) = llm.generate("ab", SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True))
     assert len(output.outputs[0].token_ids) == 3
     assert llm is not None
@@ -53,6 +56,27 @@ def test_an_engine_takes_programs_and_sizes_from_a_bundle(checkpoint: Path, bund
     after = {path.name for path in (bundle / "xla").glob("*-cache")}
     assert {name for name in after if name.startswith("jit_step")} == steps, "no step was compiled again"
     assert events.count("/jax/compilation_cache/cache_hits") >= len(steps)
+    assert not warnings_of(caplog)
+
+
+def warnings_of(caplog) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_a_program_that_a_bundle_lacks_is_named_once(
+    checkpoint: Path, bundle: Path, tmp_path: Path, caplog
+) -> None:
+    """As where the bundle was made by another compiler, or for other chips than those that are here."""
+    lacking = shutil.copytree(bundle, tmp_path / "lacking")
+    shutil.rmtree(lacking / "xla")
+    with caplog.at_level("WARNING"), LLM(str(checkpoint), bundle=lacking, use_tqdm=False) as llm:
+        llm.generate("ab", SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True))
+    start, end = f"bundle={lacking}: has no ", " for this machine; it was compiled here"
+    steps = [message for message in warnings_of(caplog) if " step of " in message]
+    assert sorted(steps) == [
+        f"{start}decode step of 2 tokens in 2 rows (any sampling){end}",
+        f"{start}mixed step of 8 tokens in 2 rows (any sampling){end}",
+    ]
 
 
 def test_broken_programs_of_a_bundle_are_compiled_again(
@@ -106,15 +130,68 @@ def test_other_versions_are_refused(bundle: Path, tmp_path: Path) -> None:
 def test_another_topology_or_model_is_refused(bundle: Path, tmp_path: Path) -> None:
     model = find_family(TINY_CONFIG).config_from_hf(TINY_CONFIG)
     device = jax.devices()[0]
-    check_devices(None, model, [device])
-    check_devices(bundle, model, [device])
+    check_devices(None, model, [device], [device])
+    check_devices(bundle, model, [device], [device])
     with pytest.raises(ConfigError, match=r"made for here; number of devices 1 there, 2 here"):
-        check_devices(bundle, model, [device, device])
+        check_devices(bundle, model, [device, device], [device, device])
     with pytest.raises(ConfigError, match=r"made for here; model '[0-9a-f]{16}' there"):
-        check_devices(bundle, dataclasses.replace(model, norm_eps=1e-6), [device])
+        check_devices(bundle, dataclasses.replace(model, norm_eps=1e-6), [device], [device])
     other = edited(bundle, tmp_path, device_kind="TPU v6 lite", topology="v6e:2x2")
     with pytest.raises(ConfigError, match=r"made for v6e:2x2; devices 'TPU v6 lite' there, 'cpu' here"):
-        check_devices(other, model, [device])
+        check_devices(other, model, [device], [device])
+
+
+def chips(*places: tuple[int, int, int]) -> list[Any]:
+    """Devices of one core each, as JAX describes TPUs."""
+    return [
+        types.SimpleNamespace(device_kind="TPU v6 lite", coords=list(place), core_on_chip=0)
+        for place in places
+    ]
+
+
+def test_programs_for_four_chips_are_refused_on_four_of_eight(bundle: Path, tmp_path: Path) -> None:
+    model = find_family(TINY_CONFIG).config_from_hf(TINY_CONFIG)
+    square = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (1, 1, 0)]
+    other = edited(
+        bundle,
+        tmp_path,
+        device_kind="TPU v6 lite",
+        topology="v6e:2x2",
+        slice_shape=[2, 2, 1, 1],
+        places=[[*place, 0] for place in square],
+        options__tensor_parallel_size=4,
+    )
+    here = chips(*square)
+    check_devices(other, model, here, here)
+    elsewhere = chips(*((x, y + 2, z) for x, y, z in square))
+    check_devices(other, model, elsewhere, elsewhere)  # the same slice of a larger machine
+    with pytest.raises(
+        ConfigError,
+        match=r"made for v6e:2x2; shape of the whole slice \[2, 2, 1, 1\] there, \[2, 4, 1, 1\] here",
+    ):
+        check_devices(other, model, here, here + elsewhere)
+    swapped = [here[0], here[2], here[1], here[3]]
+    with pytest.raises(ConfigError, match=r"made for v6e:2x2; places of the devices \[\[0, 0, 0, 0\], "):
+        check_devices(other, model, swapped, here)
+
+
+@needs_libtpu
+def test_topologies_say_where_their_chips_are(bundle: Path, tmp_path: Path) -> None:
+    """The places that a manifest gets are those that libtpu gives: two cores a chip on tpu7x."""
+    model = find_family(TINY_CONFIG).config_from_hf(TINY_CONFIG)
+    for topology, shape in (
+        ("v6e:2x4", [2, 4, 1, 1]),
+        ("v5p:2x2x1", [2, 2, 1, 1]),
+        ("tpu7x:2x2x1", [2, 2, 1, 2]),
+    ):
+        there = list(devices(topology))
+        config = EngineConfig.from_flat({"tensor_parallel_size": 4, "num_pages": 9})
+        planned, resolved = plan_engine(config, model, there, Tpu)
+        taken = list(planned.placement.mesh.devices.flat)
+        manifest = make_manifest(config, resolved, model, taken, there, topology)
+        assert manifest.slice_shape == shape
+        assert len({tuple(place) for place in manifest.places}) == 4
+        assert manifest.places[0] == [0, 0, 0, 0]
 
 
 def test_an_option_may_not_contradict_the_bundle(bundle: Path) -> None:
@@ -126,7 +203,7 @@ def test_an_option_may_not_contradict_the_bundle(bundle: Path) -> None:
         with_bundle(EngineConfig.from_flat({"bundle": bundle, "max_num_seqs": 3}))
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"format": 0}', '{"format": 1}'])
+@pytest.mark.parametrize("content", ["", "[]", '{"format": 1}', '{"format": 2}'])
 def test_what_is_no_bundle_is_refused(content: str, tmp_path: Path) -> None:
     (tmp_path / MANIFEST).write_text(content)
     with pytest.raises(ConfigError, match="bundle="):
@@ -159,7 +236,7 @@ def test_a_tpu_is_planned_and_compiled_for_from_a_config_alone(tmp_path: Path, c
     assert pinned.cache.kv_cache_dtype == "int8"
     model = find_family(config).config_from_hf(config)
     with pytest.raises(ConfigError, match="made for v6e:2x2; devices 'TPU v6 lite' there, 'cpu' here"):
-        check_devices(bundle, model, jax.devices()[:2])
+        check_devices(bundle, model, jax.devices()[:2], jax.devices()[:2])
 
 
 @pytest.mark.parametrize(

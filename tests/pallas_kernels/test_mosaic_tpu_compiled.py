@@ -11,10 +11,15 @@ import pytest
 
 from jaxserve.pallas_kernels.layout import KVLayout
 from jaxserve.pallas_kernels.ragged_paged_attention import mosaic_tpu
-from jaxserve.pallas_kernels.ragged_paged_attention.api import AttentionMetadata, ragged_paged_attention
+from jaxserve.pallas_kernels.ragged_paged_attention.api import (
+    AttentionMetadata,
+    Implementation,
+    ragged_paged_attention,
+)
 from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_tpu_blocks import VMEM_LIMIT_BYTES
 from jaxserve.platforms.tpu import CHIPS
-from tests.support.tpu_compiler import GENERATIONS, compile_on_one, copies_of, needs_libtpu
+from jaxserve.runner.ahead_of_time import aliased_parameters, copies_of, read_instructions
+from tests.support.tpu_compiler import GENERATIONS, lower_on_one, needs_libtpu
 
 pytestmark = needs_libtpu
 
@@ -34,15 +39,23 @@ class Shape:
     max_pages: int = 16
     sliding_window: int | None = None
     soft_cap: float | None = None
+    is_ordered: bool = True  # as the kernel reads best
 
     @property
     def layout(self) -> KVLayout:
         dtype = jnp.dtype(self.kv_dtype or self.dtype)
-        return mosaic_tpu.best_order(KVLayout(self.page_size, self.kv_heads, self.head_dim, dtype))
+        plain = KVLayout(self.page_size, self.kv_heads, self.head_dim, dtype)
+        return mosaic_tpu.best_order(plain) if self.is_ordered else plain
+
+    @property
+    def is_decode(self) -> bool:
+        return self.tokens == self.rows
 
 
+# Eight rows: of one token each in a decode step, of some in a mixed one.
 CLAIMED = [
-    Shape(tokens=32, head_dim=head_dim, dtype=dtype, kv_dtype=kv_dtype)
+    Shape(tokens=tokens, head_dim=head_dim, dtype=dtype, kv_dtype=kv_dtype)
+    for tokens in (8, 32)
     for dtype, kv_dtype in (
         ("bfloat16", ""),
         ("float32", ""),
@@ -83,11 +96,11 @@ ODD = {
 NUM_PAGES = 1000
 
 
-def compile_for(generation: str, shape: Shape):
+def lower_for(generation: str, shape: Shape, implementation: Implementation = "mosaic_tpu"):
     dtype = jnp.dtype(shape.dtype)
 
     def attend(q, k, v, kv_pages, page_table, kv_lens, cu_q_lens):
-        max_q_len = 1 if shape.tokens == shape.rows else shape.tokens
+        max_q_len = 1 if shape.is_decode else shape.tokens
         return ragged_paged_attention(
             q,
             k,
@@ -97,12 +110,13 @@ def compile_for(generation: str, shape: Shape):
             scale=shape.head_dim**-0.5,
             sliding_window=shape.sliding_window,
             soft_cap=shape.soft_cap,
-            implementation="mosaic_tpu",
+            implementation=implementation,
+            platform="tpu",
         )
 
     kv = jax.ShapeDtypeStruct((shape.tokens, shape.kv_heads, shape.head_dim), dtype)
     ints = [(shape.rows, shape.max_pages), (shape.rows,), (shape.rows + 1,)]
-    return compile_on_one(
+    return lower_on_one(
         generation,
         attend,
         jax.ShapeDtypeStruct((shape.tokens, shape.q_heads, shape.head_dim), dtype),
@@ -115,21 +129,30 @@ def compile_for(generation: str, shape: Shape):
 
 
 def check(generation: str, shape: Shape) -> None:
-    compiled = compile_for(generation, shape)
+    """It compiles, copies nothing of its cache and writes it in place."""
+    compiled = lower_for(generation, shape).compile()
     text, memory = compiled.as_text(), compiled.memory_analysis()
-    pool = NUM_PAGES * shape.layout.bytes_per_page()
-    assert text.count(f'/{mosaic_tpu.NAME}/pallas_call"') >= 1
-    assert copies_of(text, shape.layout.shape(NUM_PAGES)) == []
+    assert f'/{mosaic_tpu.NAME}/pallas_call"' in text
+    shapes: list[tuple[int, ...]] = [shape.layout.shape(NUM_PAGES)]
     if shape.layout.has_scales:
-        scales = shape.layout.scales_shape(NUM_PAGES)  # activations may be larger
-        assert not [line for line in copies_of(text, scales) if f"[{','.join(map(str, scales))}]" in line]
-    assert memory.alias_size_in_bytes >= pool
-    assert memory.temp_size_in_bytes < pool
+        shapes.append(shape.layout.scales_shape(NUM_PAGES))
+    assert copies_of(read_instructions(text), shapes) == []
+    assert len(aliased_parameters(text)) == len(shapes), "each array of the cache is written over"
+    assert memory.temp_size_in_bytes < NUM_PAGES * shape.layout.bytes_per_page()
 
 
-@pytest.mark.parametrize("generation", GENERATIONS)
-@pytest.mark.parametrize("shape", CLAIMED, ids=lambda shape: f"{shape.layout.dtype}_{shape.head_dim}")
-def test_every_claimed_dtype_and_head_compiles(shape: Shape, generation: str) -> None:
+def in_ci(generation: str, shape: Shape) -> Any:
+    """Decode steps of the other generations only at night."""
+    marks = () if generation == "v6e" or not shape.is_decode else pytest.mark.nightly
+    step = "decode" if shape.is_decode else "mixed"
+    name = f"{generation}-{shape.dtype}_{shape.kv_dtype or shape.dtype}_{shape.head_dim}_{step}"
+    return pytest.param(generation, shape, marks=marks, id=name)
+
+
+@pytest.mark.parametrize(
+    ("generation", "shape"), [in_ci(generation, shape) for generation in GENERATIONS for shape in CLAIMED]
+)
+def test_every_claimed_dtype_and_head_compiles(generation: str, shape: Shape) -> None:
     check(generation, shape)
 
 
@@ -148,7 +171,39 @@ def test_served_shapes_compile_everywhere(name: str, generation: str) -> None:
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", ODD)
 def test_odd_shapes_compile(name: str) -> None:
-    compile_for("v6e", ODD[name])
+    lower_for("v6e", ODD[name]).compile()
+
+
+@pytest.mark.parametrize("tokens", [8, 32])
+def test_xla_compiles_for_a_tpu_too(tokens: int) -> None:
+    """What `auto` falls back to, and what the kernel is compared with on a chip.
+
+    It writes in place, too, but to read it rearranges the layer's whole cache: tiles hold heads side by side.
+    """
+    text = lower_for("v6e", Shape(tokens=tokens), "xla").compile().as_text()
+    assert "tpu_custom_call" not in text
+    assert len(aliased_parameters(text)) == 1
+
+
+REFUSED = {
+    "head_dim=32: needs 64 to 128, or 256": Shape(tokens=32, head_dim=32),
+    "q is float16: needs bfloat16 or float32": Shape(tokens=32, dtype="float16"),
+    "folds=4: must divide page_size=2": Shape(
+        tokens=32, kv_heads=1, head_dim=64, kv_dtype="int8", page_size=2, is_ordered=False
+    ),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_auto_leaves_to_xla_what_the_kernel_refuses(reason: str) -> None:
+    shape = REFUSED[reason]
+    assert "tpu_custom_call" not in lower_for("v6e", shape, "auto").as_text()
+    with pytest.raises(NotImplementedError, match=reason):
+        lower_for("v6e", shape, "mosaic_tpu")
+
+
+def test_auto_takes_the_kernel_where_it_can() -> None:
+    assert "tpu_custom_call" in lower_for("v6e", Shape(tokens=32), "auto").as_text()
 
 
 def test_the_kernel_asks_for_less_vector_memory_than_any_chip_has() -> None:

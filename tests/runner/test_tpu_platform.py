@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import types
+from pathlib import Path
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
+from jaxserve.config import EngineConfig
+from jaxserve.core.plan import Bucket
 from jaxserve.errors import ConfigError
+from jaxserve.models.config import DecoderConfig
+from jaxserve.models.registry import find_family
 from jaxserve.pallas_kernels.layout import KVLayout
 from jaxserve.platforms.tpu import CHIPS, Tpu, chip_of, topology_devices
+from jaxserve.runner.ahead_of_time import compile_steps, plan_engine
+from tests.support.tiny_checkpoint import TINY_CONFIG
+from tests.support.tpu_host import has_tpu
 
 VERSIONS = {"v5e": "TPU_V5E", "v5p": "TPU_V5P", "v6e": "TPU_V6E", "tpu7x": "TPU_7X"}
 
@@ -64,8 +74,37 @@ def test_rows_are_whole_and_words_too(
     assert ordered.bytes_per_page() == layout.bytes_per_page()
 
 
-def test_pages_too_small_to_be_folded_are_refused() -> None:
-    with pytest.raises(
-        ConfigError, match=r"page_size=2: folds=4: must divide page_size=2, with 1 kv heads of 64 "
-    ):
-        Tpu().order_kv(KVLayout(2, 1, 64, jnp.dtype("int8")))
+TOO_SMALL: dict[str, Any] = {"page_size": 2, "kv_cache_dtype": "int8", "num_pages": 99, "max_num_seqs": 8}
+
+
+def test_pages_too_small_to_be_folded_are_left_to_xla() -> None:
+    layout = KVLayout(2, 1, 64, jnp.dtype("int8"))
+    assert Tpu().order_kv(layout) == layout
+    config = EngineConfig.from_flat(TOO_SMALL | {"attention": "xla"})
+    _, resolved = plan_engine(config, one_head_of_64(), jax.devices(), Tpu)
+    assert resolved.layout == layout
+
+
+def test_a_kernel_that_was_named_refuses_them_and_says_why() -> None:
+    config = EngineConfig.from_flat(TOO_SMALL | {"attention": "mosaic_tpu"})
+    planned, resolved = plan_engine(config, one_head_of_64(), jax.devices(), Tpu)
+    refusal = "attention='mosaic_tpu': 1 kv heads of 64 int8 on a device: folds=4: must divide page_size=2"
+    with pytest.raises(ConfigError, match=refusal):
+        compile_steps(config, planned, resolved, [Bucket(8, 8)])
+
+
+def one_head_of_64() -> DecoderConfig:
+    hf = TINY_CONFIG | {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 64}
+    return find_family(hf).config_from_hf(hf)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "has"),
+    [([], False), (["vfio/vfio", "accel"], False), (["vfio/vfio", "vfio/3"], True), (["accel0"], True)],
+)
+def test_only_device_nodes_of_tpus_are_a_tpu(nodes: list[str], has: bool, tmp_path: Path) -> None:
+    """Tests tell libtpu that there is none only where there is none."""
+    for node in nodes:
+        (tmp_path / node).parent.mkdir(exist_ok=True)
+        (tmp_path / node).touch()
+    assert has_tpu(tmp_path) == has

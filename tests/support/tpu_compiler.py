@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import re
 from typing import Any
 
 import jax
@@ -27,22 +26,12 @@ def devices(topology: str) -> tuple[Any, ...]:
     return tuple(topology_devices(topology))
 
 
-def compile_on_one(generation: str, function: Any, *args: Any, donate: int) -> Any:
-    """Compiles a function of arrays, or trees of them, for one device."""
+def lower_on_one(generation: str, function: Any, *args: Any, donate: int) -> Any:
+    """Lowers a function of arrays, or trees of them, for one device."""
     mesh = Mesh(np.array(devices(generation)[:1]), ("x",))
     on_device = NamedSharding(mesh, PartitionSpec())
     here = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=on_device), args)
     mapped = jax.shard_map(
         function, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False
     )
-    return jax.jit(mapped, donate_argnums=donate).lower(*here).compile()
-
-
-def copies_of(text: str, shape: tuple[int, ...]) -> list[str]:
-    """Instructions of an HLO text that copy or rearrange an array as large as ``shape``."""
-    found = []
-    for line in text.splitlines():
-        match = re.match(r"\s*(?:ROOT )?%?\S+ = \S*?\w+\[([0-9,]+)\]\S* (copy|copy-start|transpose)\(", line)
-        if match and np.prod([int(n) for n in match[1].split(",")]) >= np.prod(shape):
-            found.append(line.strip()[:120])
-    return found
+    return jax.jit(mapped, donate_argnums=donate).lower(*here)
