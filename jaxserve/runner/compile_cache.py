@@ -2,7 +2,8 @@
 
 JAX writes an entry in place and never again, so half a one, which a full disk or a kill leaves, would stay.
 It checks little of what it reads, and that is native code. So beside each entry lies its SHA-256, written
-when the engine that made it was ready. An entry without one must at least decompress.
+when the engine that made it was ready, with the entry's size and time: only where those have changed is it
+read at a start. An entry without a seal must at least decompress.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ def seal(folder: Path) -> int:
     for entry in entries:
         if not _seal_of(entry).exists():
             with contextlib.suppress(OSError, StorageError), whole_file(_seal_of(entry)) as scratch:
-                scratch.write_text(_digest(entry.read_bytes()))
+                scratch.write_text(f"{_digest(entry.read_bytes())} {_looks_of(entry)}")
     return len(entries)
 
 
@@ -104,8 +105,9 @@ def _broken(folder: Path, *, again: bool) -> Iterator[tuple[Path, str]]:
     """Entries that are not whole, and why; with ``again`` those that are sealed are read, too."""
     for entry in sorted(folder.glob(_ENTRIES)):
         try:
-            sealed = _seal_of(entry).read_text() if _seal_of(entry).exists() else None
-            if sealed is not None and not again:
+            text = _seal_of(entry).read_text() if _seal_of(entry).exists() else ""
+            sealed, _, looks = text.partition(" ")
+            if sealed and (looks == _looks_of(entry) or not again):
                 continue
             data = entry.read_bytes()
         except FileNotFoundError:  # another engine has just taken it out
@@ -113,14 +115,19 @@ def _broken(folder: Path, *, again: bool) -> Iterator[tuple[Path, str]]:
         except (OSError, ValueError) as error:
             yield entry, str(error)
             continue
-        if sealed is not None and sealed != _digest(data):
+        if sealed and sealed != _digest(data):
             yield entry, "its SHA-256 has changed"
-        elif sealed is None and not _decompresses(data):
+        elif not sealed and not _decompresses(data):
             yield entry, "it cannot be decompressed"
 
 
 def _seal_of(entry: Path) -> Path:
     return entry.with_name(entry.name + _SEAL)
+
+
+def _looks_of(entry: Path) -> str:
+    found = entry.stat()
+    return f"{found.st_size} {found.st_mtime_ns}"
 
 
 def _digest(data: bytes) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -130,10 +131,8 @@ class ModelRunner:
 
     def dispatch(self, batch: StepBatch) -> StepHandle:
         """Launches a step; returns before it has run."""
-        try:
+        with self._recovering(f"a step of {batch.plan.bucket.tokens} tokens"):
             return self._dispatch(batch)
-        except ALLOCATION_ERRORS as error:
-            raise self._recover(_step_of(batch.plan), error) from error
 
     def _dispatch(self, batch: StepBatch) -> StepHandle:
         plan = batch.plan
@@ -159,19 +158,30 @@ class ModelRunner:
 
     def collect(self, handle: StepHandle) -> StepResult:
         """Waits for a step and reads what it sampled."""
-        try:
+        with self._recovering(f"a step of {handle.plan.bucket.tokens} tokens"):
             return self._collect(handle)
-        except ALLOCATION_ERRORS as error:
-            raise self._recover(_step_of(handle.plan), error) from error
 
-    def _recover(self, what: str, error: Exception) -> StepFailedError:
-        """What to raise for a step for which there was no memory; the next step can be run.
+    @contextlib.contextmanager
+    def _recovering(self, what: str) -> Generator[None]:
+        """Raises StepFailedError for what there was no memory for; the next step can be run.
 
-        Raises the error itself if it is another, and what it meets where there is no memory for caches in
-        place of those that the step took with it.
+        Other errors pass, and so does that of caches, in place of lost ones, for which there is no memory.
         """
-        if not is_out_of_memory(error):
-            raise error
+        try:
+            yield
+        except ALLOCATION_ERRORS as error:
+            if not is_out_of_memory(error):
+                raise
+            self._replace_lost()
+            resolved = self._resolved
+            raise StepFailedError(
+                f"the device ran out of memory in {what} ({reason(error)}); lower "
+                f"memory_fraction or num_pages={resolved.num_pages}, max_num_seqs={resolved.num_slots} or "
+                f"max_num_batched_tokens={resolved.ladder.token_budget}"
+            ) from error
+
+    def _replace_lost(self) -> None:
+        """Allocates caches and slots again, if a failed step took them with it."""
         if self._swapper is not None:
             self._swapper.forget()
         try:
@@ -179,12 +189,6 @@ class ModelRunner:
         except RuntimeError:  # deleted, or the output of a step that failed
             self._caches = ()  # theirs is the memory that the new ones take
             self._caches, self._slots = self._make_caches(), self._make_slots()
-        resolved = self._resolved
-        return StepFailedError(
-            f"the device ran out of memory in {what} ({reason(error)}); lower "
-            f"memory_fraction or num_pages={resolved.num_pages}, max_num_seqs={resolved.num_slots} or "
-            f"max_num_batched_tokens={resolved.ladder.token_budget}"
-        )
 
     def _collect(self, handle: StepHandle) -> StepResult:
         plan, output = handle.plan, handle.output
@@ -205,18 +209,14 @@ class ModelRunner:
         """Implements `jaxserve.core.probing.Prober`, for a runner that was made with ``probes``."""
         assert self._probes is not None
         assert self._slots.hidden is not None
-        try:
+        with self._recovering("a look at hidden states"):
             return self._probes.launch(self._slots.hidden, probes)
-        except ALLOCATION_ERRORS as error:
-            raise self._recover("a look at hidden states", error) from error
 
     def read_probe(self, handle: ProbeHandle) -> ProbeResult:
         """What a probe found."""
         assert self._probes is not None
-        try:
+        with self._recovering("a look at hidden states"):
             return self._probes.read(handle)
-        except ALLOCATION_ERRORS as error:
-            raise self._recover("a look at hidden states", error) from error
 
     def close(self) -> None:
         """Drops every reference to device memory."""
@@ -253,10 +253,6 @@ class ModelRunner:
                 page_size=resolved.layout.page_size,
             )
             self._slots = self._programs.admit(size)(self._slots, packed)
-
-
-def _step_of(plan: StepPlan) -> str:
-    return f"a step of {plan.bucket.tokens} tokens"
 
 
 def _make_slots(

@@ -172,8 +172,7 @@ def sample(
         uses_kernel: one kernel draws, which wants an NVIDIA GPU, with the logits whole on it.
     """
     active = num_tokens > 0
-    # Looked for on its own: XLA's maximum drops NaN on a CPU (jax 0.11.2).
-    finite = jnp.all(jnp.isfinite(logits), axis=-1)
+    finite = _is_finite(logits)
     draws = active & (state.temperature > 0.0)
     edits = active & _edits_logits(state, num_tokens)
 
@@ -182,7 +181,11 @@ def sample(
         greedy = _argmax(edited)
         drawn = jax.lax.cond(
             jnp.any(draws),
-            lambda: _draw(edited, state, num_tokens, draws, None if uses_kernel else UNTIL_DECIDED),
+            lambda: (
+                _draw_by_kernel(edited, state, num_tokens, draws)[0]
+                if uses_kernel
+                else _draw(edited, state, num_tokens, draws, UNTIL_DECIDED)
+            ),
             lambda: greedy,
         )
         return jnp.where(draws, drawn, greedy)
@@ -204,7 +207,7 @@ def take_best(logits: jax.Array) -> Sampled:
     Args:
         logits: float32 [R, V].
     """
-    return _unreported(logits, _argmax(logits))
+    return _unreported(_argmax(logits), _is_finite(logits), logits.shape[1])
 
 
 def draw(
@@ -219,13 +222,20 @@ def draw(
         uses_kernel: as for `sample`.
     """
     draws = (num_tokens > 0) & (state.temperature > 0.0)
-    drawn = _draw(logits, state, num_tokens, draws, None if uses_kernel else UNBRANCHED)
-    return _unreported(logits, jnp.where(draws, drawn, _argmax(logits)))
+    if uses_kernel:
+        return _unreported(*_draw_by_kernel(logits, state, num_tokens, draws), logits.shape[1])
+    drawn = _draw(logits, state, num_tokens, draws, UNBRANCHED)
+    token_ids = jnp.where(draws, drawn, _argmax(logits))
+    return _unreported(token_ids, _is_finite(logits), logits.shape[1])
 
 
-def _unreported(logits: jax.Array, token_ids: jax.Array) -> Sampled:
-    finite = jnp.all(jnp.isfinite(logits), axis=-1)
-    report = _empty_report(logits.shape[0], min(MAX_LOGPROBS, logits.shape[1]))
+def _is_finite(logits: jax.Array) -> jax.Array:
+    """Looked for on its own: XLA's maximum drops NaN on a CPU (jax 0.11.2)."""
+    return jnp.all(jnp.isfinite(logits), axis=-1)
+
+
+def _unreported(token_ids: jax.Array, finite: jax.Array, vocab: int) -> Sampled:
+    report = _empty_report(token_ids.shape[0], min(MAX_LOGPROBS, vocab))
     return Sampled(jnp.where(finite, token_ids, 0), *report, finite)
 
 
@@ -334,19 +344,24 @@ def _penalise(logits: jax.Array, state: SamplingState, tokens: jax.Array, num_to
 
 
 def _draw(
-    logits: jax.Array, state: SamplingState, num_tokens: jax.Array, draws: jax.Array, search: Search | None
+    logits: jax.Array, state: SamplingState, num_tokens: jax.Array, draws: jax.Array, search: Search
 ) -> jax.Array:
-    """Draws from the filtered distribution by the Gumbel-max trick, [R]; without a search by the kernel."""
-    if search is None:
-        temperature = jnp.where(draws, state.temperature, 0.0)
-        filters = (state.top_k, state.top_p, state.min_p)
-        return draw_tokens(logits, Draws(temperature, *filters, state.seed, num_tokens))[0]
+    """Draws from the filtered distribution by the Gumbel-max trick, [R]."""
     scaled = _temper(logits, state, draws)
     kept = keep_mask(scaled, state, draws, search)
     token = jax.lax.broadcasted_iota(jnp.uint32, logits.shape, 1)
     noise = gumbel(state.seed[:, None], num_tokens.astype(jnp.uint32)[:, None], token)
     perturbed = jnp.where(kept, scaled + noise, -jnp.inf)
     return _argmax(perturbed)
+
+
+def _draw_by_kernel(
+    logits: jax.Array, state: SamplingState, num_tokens: jax.Array, draws: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The token of every row, the best one of those that draw none, and whether its logits are finite."""
+    temperature = jnp.where(draws, state.temperature, 0.0)
+    filters = (state.top_k, state.top_p, state.min_p)
+    return draw_tokens(logits, Draws(temperature, *filters, state.seed, num_tokens))
 
 
 def _temper(logits: jax.Array, state: SamplingState, draws: jax.Array) -> jax.Array:

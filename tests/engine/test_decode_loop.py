@@ -19,20 +19,10 @@ from jaxserve.platforms.cpu import Cpu
 from jaxserve.runner.compile_counter import compile_counter
 from jaxserve.runner.sampler import SamplingKind
 from tests.support.byte_tokenizer import END_ID
+from tests.support.small_engine import SMALL_ENGINE
 
 STEPS = 8
-OPTIONS: dict[str, Any] = {
-    "dtype": "float32",
-    "max_num_seqs": 6,
-    "max_num_batched_tokens": 32,
-    "row_buckets": (1, 6),
-    "token_buckets": (32,),
-    "max_model_len": 256,
-    "page_size": 8,
-    "num_pages": 200,
-    "compile_cache": False,
-    "use_tqdm": False,
-}
+OPTIONS: dict[str, Any] = SMALL_ENGINE | {"row_buckets": (1, 6)}
 TIGHT = {"num_pages": 17, "max_model_len": 128, "watermark": 0.0}
 NUM_TOKENS = 20
 

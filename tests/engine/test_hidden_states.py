@@ -31,20 +31,10 @@ from jaxserve.runner.length_head import (
 )
 from tests.support.decoder_run import DenseAttend, empty_cache
 from tests.support.engine_parts import make_copies_free
+from tests.support.small_engine import SMALL_ENGINE
 from tests.support.tiny_checkpoint import TINY_CONFIG
 
-OPTIONS: dict[str, Any] = {
-    "dtype": "float32",
-    "max_num_seqs": 6,
-    "max_num_batched_tokens": 32,
-    "row_buckets": (1, 6),
-    "token_buckets": (32,),
-    "max_model_len": 256,
-    "page_size": 8,
-    "num_pages": 200,
-    "compile_cache": False,
-    "use_tqdm": False,
-}
+OPTIONS: dict[str, Any] = SMALL_ENGINE | {"row_buckets": (1, 6)}
 PROMPTS = [[i * 7 % 250 + j for j in range(n)] for i, n in enumerate((1, 5, 9, 33, 40, 64, 3, 17))]
 LONGEST = 110
 PARAMS = SamplingParams(temperature=1.0, seed=3, max_tokens=40)

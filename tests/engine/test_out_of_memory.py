@@ -19,20 +19,8 @@ from jaxserve.request import FinishReason
 from jaxserve.runner.model_runner import ModelRunner
 from jaxserve.runner.programs import Programs
 from tests.support.faults import OUT_OF_MEMORY, xla_out_of_memory
+from tests.support.small_engine import SMALL_ENGINE
 
-# The sizes of `test_tiny_model`, whose programs are compiled already.
-OPTIONS: dict[str, Any] = {
-    "dtype": "float32",
-    "max_num_seqs": 6,
-    "max_num_batched_tokens": 32,
-    "row_buckets": (6,),
-    "token_buckets": (32,),
-    "max_model_len": 256,
-    "page_size": 8,
-    "num_pages": 200,
-    "compile_cache": False,
-    "use_tqdm": False,
-}
 PROMPTS = [[i * 31 % 250 + j for j in range(9)] for i in range(15)]
 PARAMS = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 LOWER = "lower memory_fraction or num_pages=200, max_num_seqs=6 or max_num_batched_tokens=32"
@@ -71,7 +59,7 @@ def test_at_start_the_message_says_what_to_lower(
 
     monkeypatch.setattr(broken, fail)
     with pytest.raises(ConfigError, match=message) as caught:
-        LLM(str(checkpoint), **OPTIONS)
+        LLM(str(checkpoint), **SMALL_ENGINE)
     assert str(error).splitlines()[0] in str(caught.value)
     assert "a table of buffers" not in str(caught.value)
     assert not any(thread.name == "jaxserve-engine" for thread in threading.enumerate())
@@ -97,7 +85,7 @@ def test_another_error_of_xla_is_not_called_so(checkpoint: Path, monkeypatch: py
 
     monkeypatch.setattr(Programs, "__init__", fail)
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL: a bug"):
-        LLM(str(checkpoint), **OPTIONS)
+        LLM(str(checkpoint), **SMALL_ENGINE)
 
 
 # ---------------------------------------------------------------------- in a step
@@ -105,7 +93,7 @@ def test_another_error_of_xla_is_not_called_so(checkpoint: Path, monkeypatch: py
 
 @pytest.fixture
 def llm(checkpoint: Path) -> Iterator[LLM]:
-    with LLM(str(checkpoint), **OPTIONS) as llm:
+    with LLM(str(checkpoint), **SMALL_ENGINE) as llm:
         yield llm
 
 

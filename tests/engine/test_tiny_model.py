@@ -21,22 +21,12 @@ from jaxserve.runner.compile_counter import compile_counter
 from jaxserve.runner.programs import Programs
 from jaxserve.runner.sampler import SamplingKind, kind_of
 from tests.support.byte_tokenizer import END_ID
+from tests.support.small_engine import SMALL_ENGINE
 
-OPTIONS: dict[str, Any] = {
-    "dtype": "float32",
-    "max_num_seqs": 6,
-    "max_num_batched_tokens": 32,
-    "row_buckets": (1, 3, 6),
-    "token_buckets": (12, 32),
-    "max_model_len": 256,
-    "page_size": 8,
-    "num_pages": 200,
-    "compile_cache": False,
-    "use_tqdm": False,
-}
+OPTIONS: dict[str, Any] = SMALL_ENGINE | {"row_buckets": (1, 3, 6), "token_buckets": (12, 32)}
 
 # Fewer programs, for tests in which other sizes matter; a pool so small that requests are preempted.
-PLAIN: dict[str, Any] = OPTIONS | {"row_buckets": (6,), "token_buckets": (32,)}
+PLAIN = SMALL_ENGINE
 TIGHT: dict[str, Any] = {"num_pages": 20, "max_model_len": 128}
 slow = pytest.mark.nightly
 
