@@ -25,7 +25,8 @@ from bench.results import Results, add_output_flag, int_list
 from bench.shapes import MODELS
 from jaxserve.config import EngineConfig, compile_without_devices
 
-compile_without_devices()
+if __name__ == "__main__":
+    compile_without_devices()  # before JAX is imported; whoever imports this module has devices of its own
 
 from jaxserve.core.plan import Bucket  # noqa: E402
 from jaxserve.models.registry import find_family  # noqa: E402
