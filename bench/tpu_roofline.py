@@ -28,10 +28,10 @@ from jaxserve.config import EngineConfig, compile_without_devices
 if __name__ == "__main__":
     compile_without_devices()  # before JAX is imported; whoever imports this module has devices of its own
 
-from jaxserve.core.plan import Bucket  # noqa: E402
-from jaxserve.models.registry import find_family  # noqa: E402
-from jaxserve.platforms.tpu import Tpu, TpuChip, chip_of, topology_devices  # noqa: E402
-from jaxserve.runner.ahead_of_time import (  # noqa: E402
+from jaxserve.core.plan import Bucket
+from jaxserve.models.registry import find_family
+from jaxserve.platforms.tpu import Tpu, TpuChip, chip_of, topology_devices
+from jaxserve.runner.ahead_of_time import (
     PlannedModel,
     StepReport,
     compile_steps,
