@@ -62,7 +62,7 @@ def _compile_to(config: EngineConfig, platform: str, topology: str, output: Path
     from jaxserve.runner.ahead_of_time import compile_steps, plan_engine
     from jaxserve.runner.bundle import make_manifest, programs_folder, write_manifest
     from jaxserve.runner.compile_cache import keeping_every_program, seal, use_compile_cache
-    from jaxserve.runner.model_runner import admission_sizes
+    from jaxserve.runner.slots import admission_shapes
 
     devices, make_platform = _target(platform, topology)
     hf = read_architecture(config.model.model, config.cache_dir, config.model.revision)
@@ -76,7 +76,8 @@ def _compile_to(config: EngineConfig, platform: str, topology: str, output: Path
         use_compile_cache(programs_folder(output))
         keeping = keeping_every_program(output)
     with keeping:
-        compile_steps(config, planned, resolved, (), admission_sizes(resolved.num_slots))
+        shapes = admission_shapes(resolved.num_slots, resolved.max_model_len)
+        compile_steps(config, planned, resolved, (), shapes)
         fits = [_print_step(report, limit) for report in _compile_steps(config, planned, resolved)]
     if output is not None:
         seal(programs_folder(output))

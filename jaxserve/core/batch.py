@@ -1,7 +1,7 @@
 """The *prepare* stage: a plan becomes the few small integer arrays that a step sends to the device.
 
-Host only: numpy in, numpy out, no jax. What a steady decode step sends is ``rows`` and the handful of new
-pages; tokens, page tables and sampling parameters already live in the device's slot arrays.
+Host only: numpy in, numpy out, no jax. What a steady decode step sends is one small array; tokens, page
+tables and sampling parameters already live in the device's slot arrays.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from jaxserve.core.plan import StepPlan, StepResult
 Int32Array = npt.NDArray[np.int32]
 
 NUM_ROW_FIELDS = 4
-NUM_PAGE_FIELDS = 3
+NUM_FIELDS = NUM_ROW_FIELDS + 3
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -26,28 +26,28 @@ class StepBatch:
 
     Attributes:
         plan: what this batch runs.
-        rows: int32 [4, bucket.rows]: slot, start, number of tokens, samples (0 or 1). Padding rows have
-            slot ``num_slots`` (out of range: reads of it are masked, writes dropped) and no tokens.
-        page_updates: int32 [3, bucket.rows]: slot, column, page; padding has slot ``num_slots``.
+        inputs: int32 [7, bucket.rows], one copy to the device. Of each row: slot, start, number of tokens,
+            samples (0 or 1). Padding rows have slot ``num_slots`` (out of range: reads of it are masked,
+            writes dropped) and no tokens. Then of each new page: slot, column, page; padding has slot
+            ``num_slots``.
     """
 
     plan: StepPlan
-    rows: Int32Array
-    page_updates: Int32Array
+    inputs: Int32Array
 
 
 def prepare(plan: StepPlan, *, num_slots: int) -> StepBatch:
     """Builds the device inputs of a plan."""
     bucket = plan.bucket
-    rows = np.zeros((NUM_ROW_FIELDS, bucket.rows), np.int32)
+    inputs = np.zeros((NUM_FIELDS, bucket.rows), np.int32)
+    rows, updates = inputs[:NUM_ROW_FIELDS], inputs[NUM_ROW_FIELDS:]
     rows[0] = num_slots
     columns = (plan.rows.slots, plan.rows.starts, plan.rows.num_tokens, plan.rows.samples)
     rows[:, : len(plan.rows)] = columns
-    updates = np.zeros((NUM_PAGE_FIELDS, bucket.rows), np.int32)
     updates[0] = num_slots
     if plan.page_updates:
         updates[:, : len(plan.page_updates)] = np.array(plan.page_updates, np.int32).T
-    return StepBatch(plan, rows, updates)
+    return StepBatch(plan, inputs)
 
 
 class Executor[Handle](Protocol):

@@ -46,11 +46,12 @@ from jaxserve.models.sharding import Placement, check_divisible, make_mesh
 from jaxserve.platforms import Platform, select_platform
 from jaxserve.runner.bundle import check_devices, programs_folder, with_bundle
 from jaxserve.runner.compile_cache import seal, use_compile_cache
-from jaxserve.runner.model_runner import ModelRunner, admission_sizes
+from jaxserve.runner.model_runner import ModelRunner
 from jaxserve.runner.out_of_memory import naming_what_to_lower
 from jaxserve.runner.probes import ProbeOptions
 from jaxserve.runner.programs import count_programs
 from jaxserve.runner.resolve import ResolvedConfig, resolve, resolve_dtype
+from jaxserve.runner.slots import admission_shapes
 
 _LOG = logging.getLogger(__name__)
 
@@ -221,7 +222,7 @@ def make_runner(
     resolved = resolve(config, model.platform, model.module.config, model.placement.mesh)
     num_programs = count_programs(
         resolved.ladder.all(),
-        admission_sizes(resolved.num_slots),
+        admission_shapes(resolved.num_slots, resolved.max_model_len),
         branches_on_host=model.platform.branches_on_host,
     )
     desc = "compiling, or loading what an earlier start compiled"

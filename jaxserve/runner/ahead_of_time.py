@@ -31,7 +31,7 @@ from jaxserve.platforms import Platform
 from jaxserve.runner.kv_cache import cache_shapes
 from jaxserve.runner.programs import Programs
 from jaxserve.runner.resolve import ResolvedConfig, resolve, resolve_dtype
-from jaxserve.runner.slots import empty_slots
+from jaxserve.runner.slots import AdmissionShape, empty_slots
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _HOST_TRANSFERS = ("infeed", "outfeed", "send", "recv")
@@ -166,9 +166,9 @@ def compile_steps(
     planned: PlannedModel,
     resolved: ResolvedConfig,
     buckets: Iterable[Bucket],
-    admission_sizes: Iterable[int] = (),
+    admission_shapes: Iterable[AdmissionShape] = (),
 ) -> Programs:
-    """The programs of some buckets, and of some sizes of admissions."""
+    """The programs of some buckets, and of some shapes of admissions."""
     replicated = planned.placement.sharding()
     slots = jax.tree.map(
         lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=replicated),
@@ -181,7 +181,7 @@ def compile_steps(
         planned.placement,
         config.runner.attention,
         buckets=buckets,
-        admission_sizes=admission_sizes,
+        admission_shapes=admission_shapes,
         params_of=lambda bucket: params,
         caches=(cache,) * planned.module.config.num_layers,
         slots=slots,

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Generator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ from jaxserve.runner.probes import ProbeHandle, ProbeOptions, ProbePrograms
 from jaxserve.runner.programs import OnCompiled, Programs
 from jaxserve.runner.resolve import ResolvedConfig
 from jaxserve.runner.sampler import Sampled, SamplingKind, kind_of
-from jaxserve.runner.slots import SlotState, empty_slots, pack_admissions
+from jaxserve.runner.slots import SlotState, admission_shapes, choose_admission, empty_slots, pack_admissions
 from jaxserve.runner.step import NOT_FINITE, NOT_SAMPLED, Caches, StepOutput
 
 
@@ -40,11 +40,6 @@ class StepHandle(NamedTuple):
     plan: StepPlan
     output: StepOutput
     logprob_counts: list[int] | None  # per row, -1 for none; None if no row wants any
-
-
-def admission_sizes(num_slots: int) -> tuple[int, ...]:
-    """Sizes in which admissions are written: one at a time, or a handful."""
-    return (1, 8) if num_slots >= 8 else (1,)
 
 
 class ModelRunner:
@@ -75,7 +70,7 @@ class ModelRunner:
             pair_views(params) if pairs_single_rows and placement.mesh.size == 1 else params
         )
         self._resolved = resolved
-        self._admission_sizes = admission_sizes(resolved.num_slots)
+        self._admission_shapes = admission_shapes(resolved.num_slots, resolved.max_model_len)
         self._logprob_counts = [-1] * resolved.num_slots
         self._kinds = [SamplingKind.GREEDY] * resolved.num_slots
         layers = () if probes is None else probes.layers
@@ -94,7 +89,7 @@ class ModelRunner:
             placement,
             implementation,
             buckets=resolved.ladder.all(),
-            admission_sizes=self._admission_sizes,
+            admission_shapes=self._admission_shapes,
             params_of=self._params_of,
             caches=self._caches,
             slots=self._slots,
@@ -141,7 +136,7 @@ class ModelRunner:
         if plan.admissions:
             self._admit(list(plan.admissions))
         kind = max((self._kinds[slot] for slot in plan.rows.slots), default=SamplingKind.GREEDY)
-        output = self._run(plan.bucket, batch.rows, batch.page_updates, kind)
+        output = self._run(batch, kind)
         output.token_ids.copy_to_host_async()
         sampled = output.sampled
         if kind is not SamplingKind.ANY or sampled is None:
@@ -223,9 +218,10 @@ class ModelRunner:
         del self._params, self._single_row_params, self._caches, self._slots, self._programs
         del self._probes, self._swapper
 
-    def _run(self, bucket: Bucket, rows: Any, page_updates: Any, kind: SamplingKind) -> StepOutput:
+    def _run(self, batch: StepBatch, kind: SamplingKind) -> StepOutput:
+        bucket = batch.plan.bucket
         self._caches, self._slots, output = self._programs.step(bucket, kind)(
-            self._params_of(bucket), self._caches, self._slots, rows, page_updates
+            self._params_of(bucket), self._caches, self._slots, batch.inputs
         )
         return output
 
@@ -234,25 +230,19 @@ class ModelRunner:
 
     def _run_empty(self, bucket: Bucket, kind: SamplingKind) -> None:
         batch = self.prepare(StepPlan(step=0, rows=StepRows(), bucket=bucket))
-        np.asarray(self._run(bucket, batch.rows, batch.page_updates, kind).token_ids)
+        np.asarray(self._run(batch, kind).token_ids)
 
     def _admit(self, admissions: list[Admission]) -> None:
         for admission in admissions:
             wanted = admission.params.logprobs
             self._logprob_counts[admission.slot] = -1 if wanted is None else wanted
             self._kinds[admission.slot] = kind_of(admission.params)
-        resolved = self._resolved
+        num_slots, num_pages = self._slots.page_table.shape
         while admissions:
-            size = next((s for s in self._admission_sizes if s >= len(admissions)), self._admission_sizes[-1])
-            now, admissions = admissions[:size], admissions[size:]
-            packed = pack_admissions(
-                now,
-                size,
-                num_slots=resolved.num_slots,
-                max_model_len=resolved.max_model_len,
-                page_size=resolved.layout.page_size,
-            )
-            self._slots = self._programs.admit(size)(self._slots, packed)
+            shape = choose_admission(self._admission_shapes, admissions)
+            now, admissions = admissions[: shape.requests], admissions[shape.requests :]
+            packed = pack_admissions(now, shape, num_slots=num_slots, num_pages=num_pages)
+            self._slots = self._programs.admit(shape)(self._slots, packed)
 
 
 def _make_slots(

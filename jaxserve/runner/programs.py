@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxserve.core.batch import NUM_PAGE_FIELDS, NUM_ROW_FIELDS
+from jaxserve.core.batch import NUM_FIELDS
 from jaxserve.core.plan import Bucket
 from jaxserve.models.decoder import Decoder
 from jaxserve.models.params import Params
@@ -23,17 +23,17 @@ from jaxserve.models.sharding import Placement
 from jaxserve.pallas_kernels.ragged_paged_attention.api import Implementation
 from jaxserve.runner.compile_counter import compile_counter
 from jaxserve.runner.sampler import SamplingKind
-from jaxserve.runner.slots import SlotState, slot_width, write_admissions
+from jaxserve.runner.slots import AdmissionShape, SlotState, packed_shape, write_admissions
 from jaxserve.runner.step import Caches, make_step
 
 Compiled = Callable[..., Any]
 # Called for each program: its name, and whether it was in the compile cache.
 OnCompiled = Callable[[str, bool], object]
-type _Key = tuple[Bucket, SamplingKind] | int
+type _Key = tuple[Bucket, SamplingKind] | AdmissionShape
 
 
 class Programs:
-    """The compiled steps of each bucket, and the compiled admissions, one a size.
+    """The compiled steps of each bucket, and the compiled admissions, one a shape.
 
     Attributes:
         kinds: which programs a bucket has.
@@ -46,7 +46,7 @@ class Programs:
         implementation: Implementation,
         *,
         buckets: Iterable[Bucket],
-        admission_sizes: Iterable[int],
+        admission_shapes: Iterable[AdmissionShape],
         params_of: Callable[[Bucket], Params],
         caches: Caches,
         slots: SlotState,
@@ -72,22 +72,21 @@ class Programs:
                 donate_argnums=(1, 2),
                 out_shardings=(jax.tree.map(lambda array: array.sharding, caches), replicated, replicated),
             )
-            rows = jax.ShapeDtypeStruct((NUM_ROW_FIELDS, bucket.rows), jnp.int32, sharding=replicated)
-            pages = jax.ShapeDtypeStruct((NUM_PAGE_FIELDS, bucket.rows), jnp.int32, sharding=replicated)
-            jobs[bucket, kind] = _job(step, params_of(bucket), caches, slots, rows, pages)
+            inputs = jax.ShapeDtypeStruct((NUM_FIELDS, bucket.rows), jnp.int32, sharding=replicated)
+            jobs[bucket, kind] = _job(step, params_of(bucket), caches, slots, inputs)
         write = jax.jit(write_admissions, donate_argnums=0, out_shardings=replicated)
-        for size in admission_sizes:
-            shape = (size, slot_width(slots) + 1)
-            jobs[size] = _job(write, slots, jax.ShapeDtypeStruct(shape, jnp.int32, sharding=replicated))
+        for shape in admission_shapes:
+            packed = jax.ShapeDtypeStruct(packed_shape(slots, shape), jnp.int32, sharding=replicated)
+            jobs[shape] = _job(write, slots, packed)
         self._compiled = _compile_all(jobs, on_compiled)
 
     def step(self, bucket: Bucket, kind: SamplingKind = SamplingKind.ANY) -> Compiled:
         """The program of a bucket, for steps whose rows ask for no more than ``kind``."""
         return self._compiled[bucket, kind if kind in self.kinds else SamplingKind.ANY]
 
-    def admit(self, size: int) -> Compiled:
-        """The program that writes ``size`` rows into the slots."""
-        return self._compiled[size]
+    def admit(self, shape: AdmissionShape) -> Compiled:
+        """The program that writes rows of requests into the slots."""
+        return self._compiled[shape]
 
 
 def _kinds(branches_on_host: bool) -> tuple[SamplingKind, ...]:
@@ -95,10 +94,10 @@ def _kinds(branches_on_host: bool) -> tuple[SamplingKind, ...]:
 
 
 def count_programs(
-    buckets: Iterable[Bucket], admission_sizes: Iterable[int], *, branches_on_host: bool
+    buckets: Iterable[Bucket], admission_shapes: Iterable[AdmissionShape], *, branches_on_host: bool
 ) -> int:
     """How many programs `Programs` compiles, for a progress bar."""
-    return len(set(buckets)) * len(_kinds(branches_on_host)) + len(set(admission_sizes))
+    return len(set(buckets)) * len(_kinds(branches_on_host)) + len(set(admission_shapes))
 
 
 def _job(function: Any, *args: Any) -> Callable[[], jax.stages.Lowered]:
@@ -106,8 +105,8 @@ def _job(function: Any, *args: Any) -> Callable[[], jax.stages.Lowered]:
 
 
 def _name(key: _Key) -> str:
-    if isinstance(key, int):
-        return f"program for {key} admissions"
+    if isinstance(key, AdmissionShape):
+        return f"program for {key.requests} admissions of {key.tokens} tokens"
     bucket, kind = key
     steps = f" x {bucket.decode_steps}" if bucket.decode_steps > 1 else ""
     what = "decode" if bucket.is_decode else "mixed"

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxserve.core.batch import NUM_ROW_FIELDS
 from jaxserve.core.plan import Bucket
 from jaxserve.errors import ConfigError
 from jaxserve.models.config import AttentionOptions
@@ -56,7 +57,7 @@ class _StepRows(NamedTuple):
     samples: jax.Array
 
 
-StepFn = Callable[[Params, Caches, SlotState, jax.Array, jax.Array], tuple[Caches, SlotState, StepOutput]]
+StepFn = Callable[[Params, Caches, SlotState, jax.Array], tuple[Caches, SlotState, StepOutput]]
 _ForwardFn = Callable[[Params, Caches, SlotState, _StepRows], tuple[Caches, SlotState, Sampled]]
 
 
@@ -72,8 +73,8 @@ def make_step(
 ) -> StepFn:
     """The function that `Programs` compiles for a bucket; caches and slots are donated.
 
-    Its arguments: parameters, one `KVPages` a layer, slots, ``StepBatch.rows`` int32 [4, R] and
-    ``StepBatch.page_updates`` int32 [3, R]. It returns caches, slots, and what was sampled.
+    Its arguments: parameters, one `KVPages` a layer, slots, and ``StepBatch.inputs`` int32 [7, R]. It returns
+    caches, slots, and what was sampled.
 
     Args:
         kind: the most that a row may ask of the sampler.
@@ -84,10 +85,11 @@ def make_step(
     forward = _make_forward(module, bucket, placement, implementation, kind=kind, hidden_layers=hidden_layers)
 
     def step(
-        params: Params, caches: Caches, slots: SlotState, rows: jax.Array, page_updates: jax.Array
+        params: Params, caches: Caches, slots: SlotState, inputs: jax.Array
     ) -> tuple[Caches, SlotState, StepOutput]:
-        slots = dataclasses.replace(slots, page_table=update_pages(slots.page_table, page_updates))
-        step_rows = _StepRows(rows[0], rows[1], rows[2], rows[3] > 0)
+        page_table = update_pages(slots.page_table, inputs[NUM_ROW_FIELDS:])
+        slots = dataclasses.replace(slots, page_table=page_table)
+        step_rows = _StepRows(inputs[0], inputs[1], inputs[2], inputs[3] > 0)
         if bucket.decode_steps > 1:
             loop = _make_loop(functools.partial(forward, params), bucket, exits_early=exits_early)
             return loop(caches, slots, step_rows)

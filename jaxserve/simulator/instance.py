@@ -30,7 +30,7 @@ _PARAMS = SamplingParams(max_tokens=None)
 
 def without_arrays(plan: StepPlan) -> StepBatch:
     """The *prepare* stage of a device that reads plans."""
-    return StepBatch(plan, _NOTHING, _NOTHING)
+    return StepBatch(plan, _NOTHING)
 
 
 def make_request(index: int, row: TraceRequest, max_tokens: int) -> Request:

@@ -6,12 +6,22 @@ import dataclasses
 
 import jax
 import numpy as np
+import pytest
 
 from jaxserve.core.plan import Admission
 from jaxserve.request import SamplingParams
-from jaxserve.runner.slots import empty_slots, pack_admissions, slot_width, write_admissions
+from jaxserve.runner.slots import (
+    AdmissionShape,
+    admission_shapes,
+    choose_admission,
+    empty_slots,
+    pack_admissions,
+    packed_shape,
+    write_admissions,
+)
 
 _SIZES = {"max_model_len": 40, "page_size": 16}
+_PACKED = {"num_slots": 4, "num_pages": 3}
 
 
 def _admission(slot: int, seed: int, params: SamplingParams) -> Admission:
@@ -27,16 +37,18 @@ def _admission(slot: int, seed: int, params: SamplingParams) -> Admission:
     )
 
 
-def test_every_array_arrives_bit_for_bit_and_other_slots_stay() -> None:
+@pytest.mark.parametrize("tokens", [20, 24, 41])
+def test_every_array_arrives_bit_for_bit_and_other_slots_stay(tokens: int) -> None:
     params = SamplingParams(
         temperature=0.7, top_p=0.9, min_p=1e-30, presence_penalty=-1.5, logit_bias={3: -2.5}
     )
     admissions = [_admission(2, 5, params), _admission(0, 6, SamplingParams(seed=3, top_k=4))]
-    packed = pack_admissions(admissions, 8, num_slots=4, **_SIZES)
+    shape = AdmissionShape(8, tokens)
+    packed = pack_admissions(admissions, shape, **_PACKED)
     before = jax.tree.map(lambda a: np.full_like(a, 77), empty_slots(4, **_SIZES))
-    assert packed.shape == (8, slot_width(before) + 1)
+    assert packed.shape == packed_shape(before, shape)
     after = jax.jit(write_admissions)(before, packed)
-    assert after.tokens[2, :21].tolist() == [*range(5, 25), 0]
+    assert after.tokens[2].tolist() == [*range(5, 25), *[0] * (tokens - 20), *[77] * (41 - tokens)]
     assert after.page_table[0].tolist() == [1, 10, 0]
     assert after.sampling.seed.tolist() == [2**32 - 6, 77, 2**32 - 5, 77]
     assert after.sampling.temperature.tolist() == [1.0, 77.0, np.float32(0.7), 77.0]
@@ -52,5 +64,19 @@ def test_every_array_arrives_bit_for_bit_and_other_slots_stay() -> None:
 def test_hidden_states_stay() -> None:
     hidden = np.ones((4, 2, 3), np.float32)
     state = dataclasses.replace(empty_slots(4, **_SIZES), hidden=hidden)
-    packed = pack_admissions([_admission(1, 5, SamplingParams())], 1, num_slots=4, **_SIZES)
+    packed = pack_admissions([_admission(1, 5, SamplingParams())], AdmissionShape(1, 41), **_PACKED)
     np.testing.assert_array_equal(jax.jit(write_admissions)(state, packed).hidden, hidden)
+
+
+def test_an_admission_is_as_narrow_as_its_requests() -> None:
+    shapes = admission_shapes(64, 131_072)
+    assert set(shapes) == {(1, 8192), (8, 8192), (1, 131_073), (8, 131_073)}
+    short = _admission(0, 5, SamplingParams())
+    long = dataclasses.replace(short, token_ids=range(8193))
+    full = dataclasses.replace(short, token_ids=range(8192))
+    assert choose_admission(shapes, [short]) == (1, 8192)
+    assert choose_admission(shapes, [full, full]) == (8, 8192)
+    assert choose_admission(shapes, [short, long]) == (8, 131_073)
+    assert choose_admission(shapes, [long]) == (1, 131_073)
+    assert choose_admission(shapes, [short] * 8 + [long]) == (8, 8192), "the ninth comes with the next"
+    assert admission_shapes(2, 100) == ((1, 101),)
