@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from jaxserve.models.config import DecoderConfig
 from jaxserve.models.layers.attention import AttendFn, Attention
 from jaxserve.models.layers.embed import Embedding
-from jaxserve.models.layers.mlp import Mlp
+from jaxserve.models.layers.mlp import GateFn, Mlp, multiply_and_gate
 from jaxserve.models.layers.norm import RmsNorm
 from jaxserve.models.layers.rope import rope_table
 
@@ -29,14 +29,19 @@ class DecoderLayer(nnx.Module):
         self.post_mlp_norm = _norm(config, dtype) if config.sandwich_norms else None
 
     def __call__[Cache](
-        self, x: jax.Array, rope: tuple[jax.Array, jax.Array], kv_cache: Cache, attend: AttendFn[Cache]
+        self,
+        x: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        kv_cache: Cache,
+        attend: AttendFn[Cache],
+        gate: GateFn,
     ) -> tuple[jax.Array, Cache]:
         """[T, D] -> [T, D] and the updated cache of this layer."""
         out, kv_cache = self.attention(self.attention_norm(x), rope, kv_cache, attend)
         if self.post_attention_norm is not None:
             out = self.post_attention_norm(out)
         x = x + out
-        out = self.mlp(self.mlp_norm(x))
+        out = self.mlp(self.mlp_norm(x), gate)
         if self.post_mlp_norm is not None:
             out = self.post_mlp_norm(out)
         return x + out, kv_cache
@@ -87,11 +92,13 @@ class Decoder(nnx.Module):
         attend: AttendFn[Cache],
         *,
         layers: Sequence[int],
+        gate: GateFn = multiply_and_gate,
     ) -> tuple[jax.Array, tuple[Cache, ...], tuple[jax.Array, ...]]:
         """Runs all layers, and keeps the residual stream as it is after some of them.
 
         Args:
             layers: counted from 1, in increasing order; the last is ``num_layers``.
+            gate: how feed-forward layers multiply with gate and up.
 
         Returns:
             What calling the decoder returns, and one [T, D] for each of ``layers``.
@@ -107,7 +114,7 @@ class Decoder(nnx.Module):
         caches: list[Cache] = []
         states: list[jax.Array] = []
         for i, (layer, cache) in enumerate(zip(self.layers, kv_cache, strict=True)):
-            x, cache = layer(x, tables[config.layer_rope(i)], cache, attend)
+            x, cache = layer(x, tables[config.layer_rope(i)], cache, attend, gate)
             caches.append(cache)
             if i + 1 in layers:
                 states.append(x)

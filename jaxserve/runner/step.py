@@ -13,12 +13,14 @@ import jax.numpy as jnp
 from jaxserve.core.batch import NUM_ROW_FIELDS
 from jaxserve.core.plan import Bucket
 from jaxserve.errors import ConfigError
-from jaxserve.models.config import AttentionOptions
+from jaxserve.models.config import Activation, AttentionOptions
 from jaxserve.models.decoder import Decoder
 from jaxserve.models.layers.attention import AttendFn
+from jaxserve.models.layers.mlp import GATE_UP_AXES, GATED_AXES, GateFn, multiply_and_gate
 from jaxserve.models.params import Params, bind
 from jaxserve.models.sharding import HEADS_AXES, Placement
 from jaxserve.pallas_kernels.dispatch import NoImplementationError
+from jaxserve.pallas_kernels.gated_product.mosaic_gpu import gated_product
 from jaxserve.pallas_kernels.layout import KVPages
 from jaxserve.pallas_kernels.ragged_paged_attention.api import (
     AttentionMetadata,
@@ -183,6 +185,7 @@ def _make_forward(
     """One pass of the model over the rows, and a token for each that samples."""
     devices = placement.mesh.devices
     uses_kernel = devices.size == 1 and devices.flat[0].platform == "gpu"
+    gate = _make_gate(placement)
 
     def forward(
         params: Params, caches: Caches, slots: SlotState, rows: _StepRows
@@ -201,7 +204,9 @@ def _make_forward(
         positions = jnp.maximum(places.position, 0)
         token_ids = slots.tokens.at[slot[places.row], positions].get(mode="fill", fill_value=0)
         attend = _make_attend(metadata, cache_specs(caches[0], placement), placement, implementation)
-        hidden, caches, states = model.with_states(token_ids, positions, caches, attend, layers=hidden_layers)
+        hidden, caches, states = model.with_states(
+            token_ids, positions, caches, attend, layers=hidden_layers, gate=gate
+        )
         last = jnp.maximum(ends - 1, 0)
         logits = model.logits(hidden[last])
         if slots.hidden is not None:
@@ -258,6 +263,32 @@ def _make_attend(
         return attention(q, k, v, kv_cache, metadata)
 
     return attend
+
+
+def _make_gate(placement: Placement) -> GateFn:
+    """One kernel on GPUs that have it; columns are independent, so each device gates its own."""
+    if placement.mesh.devices.flat[0].platform != "gpu":
+        return multiply_and_gate
+
+    @functools.cache  # traced once, not once a layer
+    def kernel(activation: Activation) -> Callable[[jax.Array, jax.Array], jax.Array]:
+        sharded = jax.shard_map(
+            functools.partial(_gated_product_or_plain, activation=activation),
+            mesh=placement.mesh,
+            in_specs=(placement.spec(), placement.spec(GATE_UP_AXES)),
+            out_specs=placement.spec(GATED_AXES),
+            check_vma=False,
+        )
+        return jax.jit(sharded, inline=True)
+
+    return lambda x, gate_up, activation: kernel(activation)(x, gate_up)
+
+
+def _gated_product_or_plain(x: jax.Array, gate_up: jax.Array, activation: Activation) -> jax.Array:
+    try:
+        return gated_product(x, gate_up, activation)
+    except NotImplementedError:
+        return multiply_and_gate(x, gate_up, activation)
 
 
 def _attention_or_error(*args: Any, implementation: Implementation, **kwargs: Any) -> Any:

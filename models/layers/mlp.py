@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,9 @@ from jaxserve.models.config import Activation, DecoderConfig
 from jaxserve.models.layers.linear import linear
 from jaxserve.models.params import declare
 
+# Logical axes of the fused weight, and of what comes of multiplying with it.
+GATE_UP_AXES = ("ffn", None, None, None)
+GATED_AXES = (None, "ffn")
 _LANES = 128
 _MOST_DEVICES = 8
 
@@ -33,6 +37,21 @@ def gate_up_block(ffn: int) -> int:
     return math.gcd(ffn // math.gcd(ffn, _MOST_DEVICES), _LANES)
 
 
+class GateFn(Protocol):
+    """The first half of the layer: one product with gate and up, and the gate applied."""
+
+    def __call__(self, x: jax.Array, gate_up: jax.Array, activation: Activation) -> jax.Array:
+        """[T, D] and [F / b, 2, b, D] -> [T, F] in x's dtype."""
+        ...
+
+
+def multiply_and_gate(x: jax.Array, gate_up: jax.Array, activation: Activation) -> jax.Array:
+    """A `GateFn` for every device; between product and result in float32, rounded before and after."""
+    both = linear(x, gate_up).astype(jnp.float32)  # [T, F / b, 2, b]
+    inner = activate(both[:, :, 0], activation) * both[:, :, 1]
+    return inner.reshape(x.shape[0], -1).astype(x.dtype)
+
+
 class Mlp(nnx.Module):
     """Weights gate_up [F / b, 2, b, D] and down [D, F]; gate and up are one product.
 
@@ -44,14 +63,9 @@ class Mlp(nnx.Module):
         hidden, ffn = config.hidden_size, config.intermediate_size
         block = gate_up_block(ffn)
         self.activation: Activation = config.activation
-        self.gate_up = declare(
-            (ffn // block, 2, block, hidden), dtype, ("ffn", None, None, None), std=hidden**-0.5
-        )
+        self.gate_up = declare((ffn // block, 2, block, hidden), dtype, GATE_UP_AXES, std=hidden**-0.5)
         self.down = declare((hidden, ffn), dtype, (None, "ffn"), std=ffn**-0.5)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[T, D] -> [T, D]; between the products in float32, rounded before and after."""
-        gate_up = linear(x, self.gate_up[...]).astype(jnp.float32)  # [T, F / b, 2, b]
-        inner = activate(gate_up[:, :, 0], self.activation) * gate_up[:, :, 1]
-        inner = inner.reshape(x.shape[0], -1).astype(x.dtype)
-        return linear(inner, self.down[...])
+    def __call__(self, x: jax.Array, gate: GateFn = multiply_and_gate) -> jax.Array:
+        """[T, D] -> [T, D]."""
+        return linear(gate(x, self.gate_up[...], self.activation), self.down[...])

@@ -12,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxserve.pallas_kernels.ragged_paged_attention.api import AttentionMetadata, ragged_paged_attention
+from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_gpu.tile import Heads
 from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_gpu.work import share_out, tile_out, worker_of
+from jaxserve.pallas_kernels.ragged_paged_attention.variant import AttentionVariant
 from tests.support.gpu_lowering import lower_for_h100
 
 
@@ -63,6 +65,8 @@ def test_a_device_that_is_no_hopper_is_refused() -> None:
     with pytest.raises(NotImplementedError, match="must be an NVIDIA Hopper GPU or newer"):
         ragged_paged_attention(q, kv, kv, cache, metadata, scale=1.0, implementation="mosaic_gpu")
 
+
+HEADS = Heads(kv_heads=8, group=4, head_dim=128, page_size=64, dtype=jnp.dtype("bfloat16"))  # 4 KiB a token
 
 step_rows = st.lists(
     st.tuples(st.sampled_from([0, 1, 1, 1, 2, 64, 130]), st.integers(0, 900)), min_size=1, max_size=6
@@ -127,7 +131,7 @@ def test_decode_tiles_are_shared_out_once_and_evenly(
 def test_prefill_tiles_cover_every_query_once_longest_first(rows: list[tuple[int, int]]) -> None:
     metadata, lengths = metadata_of(rows)
     num_tokens = sum(count for count, _ in lengths) + 5
-    work = tile_out(metadata, num_tokens=num_tokens, queries=128)
+    work = tile_out(metadata, HEADS, AttentionVariant(scale=1.0), num_tokens=num_tokens, queries=128)
     tiles = list(zip(np.asarray(work.tile_row), np.asarray(work.tile_first), strict=True))
     real = [(int(row), int(first)) for row, first in tiles[: int(work.num_tiles)]]
     wanted = {
@@ -137,3 +141,20 @@ def test_prefill_tiles_cover_every_query_once_longest_first(rows: list[tuple[int
     assert set(real) == wanted
     seen = [lengths[row][1] - lengths[row][0] + first for row, first in real]
     assert seen == sorted(seen, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("rows", "window", "bunch"),
+    [
+        ([(128, 6016)], None, 1),  # 24 MiB of keys and values in all
+        ([(128, 6017)], None, 8),
+        ([(128, 3000), (128, 3000), (1, 90000)], None, 1),  # none of the chunks' rows has more
+        ([(128, 90000)], 4096, 1),
+    ],
+)
+def test_items_go_by_length_while_a_context_stays_in_the_cache(
+    rows: list[tuple[int, int]], window: int | None, bunch: int
+) -> None:
+    metadata, _ = metadata_of(rows)
+    variant = AttentionVariant(scale=1.0, sliding_window=window)
+    assert int(tile_out(metadata, HEADS, variant, num_tokens=512, queries=128).bunch) == bunch

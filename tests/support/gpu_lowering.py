@@ -1,8 +1,9 @@
-"""Lowers attention for a GPU on a machine that has none."""
+"""Lowers attention, or any function, for a GPU on a machine that has none."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -49,15 +50,21 @@ def lower_for_h100(
         soft_cap=soft_cap,
         implementation=implementation,
     )
+    return on_abstract_h100(
+        attend,
+        shape((tokens, q_heads, head_dim)),
+        kv,
+        kv,
+        layout.shapes(100),
+        metadata,
+    )
+
+
+def on_abstract_h100(function: Callable[..., Any], *args: Any) -> str:
+    """The exported module's text of a function lowered for an H100."""
     h100 = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
     mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=h100)
     checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in _CUSTOM_CALLS]
     with jax.sharding.use_abstract_mesh(mesh):
-        exported = jax.export.export(jax.jit(attend), platforms=["cuda"], disabled_checks=checks)(
-            shape((tokens, q_heads, head_dim)),
-            kv,
-            kv,
-            layout.shapes(100),
-            metadata,
-        )
+        exported = jax.export.export(jax.jit(function), platforms=["cuda"], disabled_checks=checks)(*args)
     return exported.mlir_module()

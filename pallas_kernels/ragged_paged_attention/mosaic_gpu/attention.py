@@ -8,6 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from jaxserve.pallas_kernels.hopper import num_multiprocessors
 from jaxserve.pallas_kernels.layout import KVPages
 from jaxserve.pallas_kernels.ragged_paged_attention.metadata import AttentionMetadata, token_places
 from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_gpu import decode, prefill
@@ -18,8 +19,6 @@ from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_gpu.work import divid
 from jaxserve.pallas_kernels.ragged_paged_attention.triton_write import write
 from jaxserve.pallas_kernels.ragged_paged_attention.variant import AttentionVariant
 
-_HOPPER = 9.0
-_H100_MULTIPROCESSORS = 132  # where only an abstract device is in scope
 _INTERPRETED_CTAS = 2
 
 
@@ -39,7 +38,7 @@ def ragged_paged_attention(
         interpret: runs in Pallas's interpreters, on any device.
     """
     _check(q, kv_pages)
-    num_ctas = _INTERPRETED_CTAS if interpret else _num_multiprocessors()
+    num_ctas = _INTERPRETED_CTAS if interpret else num_multiprocessors()
     launch = Launch(num_ctas, interpret)
     pages, tokens = kv_pages.data, q.shape[0]
     heads = heads_of(q, pages)
@@ -54,7 +53,9 @@ def ragged_paged_attention(
         tile=decode.TILE,
         sliding_window=variant.sliding_window,
     )
-    tiles_of = functools.partial(tile_out, metadata, num_tokens=tokens, queries=prefill.ITEM_QUERIES)
+    tiles_of = functools.partial(
+        tile_out, metadata, heads, variant, num_tokens=tokens, queries=prefill.ITEM_QUERIES
+    )
     run = functools.partial(attend, q, pages, metadata.page_table, variant=variant, launch=launch)
     if metadata.max_q_len == 1:
         shares = cut(num_workers=all_workers)
@@ -90,15 +91,3 @@ def _check(q: jax.Array, kv_pages: KVPages) -> None:
     group = q.shape[1] // layout.num_kv_heads
     if group > QUERY_TILE:
         raise NotImplementedError(f"{group} query heads a kv head: must be at most {QUERY_TILE}")
-
-
-def _num_multiprocessors() -> int:
-    """Of the GPU that this is traced for. Raises NotImplementedError where it is no Hopper."""
-    abstract = jax.sharding.get_abstract_mesh().abstract_device
-    if abstract is not None and abstract.platform == "gpu":
-        return _H100_MULTIPROCESSORS
-    device = jax.local_devices()[0]
-    capability = getattr(device, "compute_capability", None)
-    if capability is None or float(capability) < _HOPPER:
-        raise NotImplementedError(f"{device.device_kind}: must be an NVIDIA Hopper GPU or newer")
-    return int(device.core_count)

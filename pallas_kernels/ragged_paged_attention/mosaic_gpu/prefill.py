@@ -24,7 +24,6 @@ from jaxserve.pallas_kernels.ragged_paged_attention.variant import AttentionVari
 
 NUM_CONSUMERS = 2
 ITEM_QUERIES = NUM_CONSUMERS * QUERY_TILE
-_BUNCH = 8  # tiles
 
 
 def kv_tile(head_dim: int) -> int:
@@ -46,6 +45,7 @@ def operands(work: PrefillWork) -> tuple[jax.Array, ...]:
         work.count,
         work.length,
         work.num_tiles[None],
+        work.bunch[None],
         work.first_cta[None],
     )
 
@@ -90,7 +90,9 @@ def roles(
         tensors: in device memory; whole tiles of queries.
         work_refs, memory, barrier_refs: as of `operands`, `shared_memory`, `barriers`.
     """
-    tile_row_ref, tile_first_ref, start_ref, count_ref, length_ref, tiles_ref, first_cta_ref = work_refs
+    tile_row_ref, tile_first_ref, start_ref, count_ref, length_ref, tiles_ref, bunch_ref, first_cta_ref = (
+        work_refs
+    )
     (k_smem, v_smem, q_smem), (_, _, plain_smem) = memory
     k_full, v_full, k_free, v_free, q_full, turn = barrier_refs
     q_ref, kv_ref, table_ref, out_ref = tensors
@@ -105,12 +107,12 @@ def roles(
 
     def place_of(item):
         """An item's tile and head. CTAs that run at the same time read the same keys, while the second-level
-        cache has them: of some tiles in a row, all that need one kv head, then the next head."""
-        bunch = lax.div(item, _BUNCH * q_heads)
-        within = lax.rem(item, _BUNCH * q_heads)
-        per_head = jnp.minimum(_BUNCH, tiles_ref[0] - bunch * _BUNCH) * group
+        cache has them: of a bunch of tiles in a row, all that need one kv head, then the next head."""
+        most = bunch_ref[0]
+        bunch, within = lax.div(item, most * q_heads), lax.rem(item, most * q_heads)
+        per_head = jnp.minimum(most, tiles_ref[0] - bunch * most) * group
         kv_head, within = lax.div(within, per_head), lax.rem(within, per_head)
-        return bunch * _BUNCH + lax.div(within, group), kv_head * group + lax.rem(within, group)
+        return bunch * most + lax.div(within, group), kv_head * group + lax.rem(within, group)
 
     def for_each_item(run) -> None:
         """Calls ``run(row, first, head, begin, end, done)``: queries from the row's ``first`` on see

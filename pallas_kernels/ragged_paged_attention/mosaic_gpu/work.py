@@ -18,6 +18,10 @@ _FLOPS_PER_S = 5.7e14
 _SATURATING_SHARE = 0.5
 # How much longer they take beside prefills, which read much from the second-level cache.
 _CONTENTION = 1.25
+# Keys and values of one row that stay in the second-level cache whatever the order of items.
+_CACHED_BYTES = 24 << 20
+# Tiles in a row that otherwise share a kv head's before it is the next head's turn.
+_BUNCH = 8
 # Overlap must be expected to save this much.
 _WORTHWHILE = 0.97
 
@@ -50,6 +54,8 @@ class PrefillWork(NamedTuple):
     Attributes:
         tile_row, tile_first: ``[tiles]``, a tile's row and its first query within it, longest context first.
         num_tiles: ``[]``, how many of them are real.
+        bunch: ``[]``, how many tiles in a row are done head by head. With 1 items go strictly by length, so
+            that CTAs end together; more, where one row's context is more than the second-level cache holds.
         first_cta: ``[]``, from which CTA on they are done.
         start, count, length: ``[rows]``: first flattened token, tokens in this step, tokens of context.
     """
@@ -57,6 +63,7 @@ class PrefillWork(NamedTuple):
     tile_row: jax.Array
     tile_first: jax.Array
     num_tiles: jax.Array
+    bunch: jax.Array
     first_cta: jax.Array
     start: jax.Array
     count: jax.Array
@@ -84,11 +91,10 @@ def divide(
     products, in whole rounds of items. Of all ways to divide, the one whose longer side is shortest competes
     with doing one after the other.
     """
-    length, count = metadata.kv_lens, jnp.diff(metadata.cu_q_lens)
-    seen = length if variant.sliding_window is None else jnp.minimum(length, variant.sliding_window + count)
+    count, seen = jnp.diff(metadata.cu_q_lens), _seen(metadata, variant)
     q_heads = heads.kv_heads * heads.group
-    row_bytes = 2 * heads.kv_heads * heads.head_dim * jnp.dtype(heads.dtype).itemsize
-    decode_s = jnp.sum(jnp.where(count == 1, seen, 0).astype(jnp.float32)) * (row_bytes / _BYTES_PER_S)
+    decoded = jnp.sum(jnp.where(count == 1, seen, 0).astype(jnp.float32))
+    decode_s = decoded * (_row_bytes(heads) / _BYTES_PER_S)
     chunk, context = jnp.where(count > 1, count, 0).astype(jnp.float32), seen.astype(jnp.float32)
     flops = jnp.sum(chunk * (context - 0.5 * chunk)) * (4 * q_heads * heads.head_dim)
     items = jnp.ceil(chunk / queries).sum() * q_heads
@@ -103,7 +109,13 @@ def divide(
 
 
 def tile_out(
-    metadata: AttentionMetadata, *, num_tokens: int, queries: int, first_cta: jax.Array | int = 0
+    metadata: AttentionMetadata,
+    heads: Heads,
+    variant: AttentionVariant,
+    *,
+    num_tokens: int,
+    queries: int,
+    first_cta: jax.Array | int = 0,
 ) -> PrefillWork:
     """Cuts the chunks of a step into tiles of so many queries."""
     start, count = metadata.cu_q_lens[:-1], jnp.diff(metadata.cu_q_lens)
@@ -116,9 +128,22 @@ def tile_out(
     first = (index - (until - tiles)[row]) * queries
     seen = jnp.where(index < until[-1], metadata.kv_lens[row] - count[row] + first + queries, 0)
     _, row, first = jax.lax.sort((-seen, row, first), num_keys=1)
-    return PrefillWork(
-        row, first, until[-1], jnp.asarray(first_cta, jnp.int32), start, count, metadata.kv_lens
-    )
+    longest = jnp.max(jnp.where(count > 1, _seen(metadata, variant), 0))
+    bunch = jnp.where(longest > _CACHED_BYTES // _row_bytes(heads), _BUNCH, 1)
+    first_cta = jnp.asarray(first_cta, jnp.int32)
+    return PrefillWork(row, first, until[-1], bunch, first_cta, start, count, metadata.kv_lens)
+
+
+def _seen(metadata: AttentionMetadata, variant: AttentionVariant) -> jax.Array:
+    """Tokens of context that each row's queries see together, [rows]."""
+    if variant.sliding_window is None:
+        return metadata.kv_lens
+    return jnp.minimum(metadata.kv_lens, variant.sliding_window + jnp.diff(metadata.cu_q_lens))
+
+
+def _row_bytes(heads: Heads) -> int:
+    """Of one token's keys and values."""
+    return 2 * heads.kv_heads * heads.head_dim * jnp.dtype(heads.dtype).itemsize
 
 
 def share_out(
