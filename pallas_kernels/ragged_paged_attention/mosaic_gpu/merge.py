@@ -40,9 +40,11 @@ def merge(
     rows = pl.next_power_of_2(group)
     num_rows = work.token.shape[0]
     copies = decoded is not base
+    # XLA would copy an array that is both written over and read.
+    copied = decoded if copies else work.token
 
     def body(
-        token_ref, tiles_ref, first_ref, division_ref, real_ref, decoded_ref, parts_ref, weights_ref,
+        token_ref, tiles_ref, first_ref, division_ref, real_ref, copied_ref, parts_ref, weights_ref,
         base_ref, out_ref,
     ):  # fmt: skip
         del base_ref  # the same memory as the output
@@ -65,7 +67,7 @@ def merge(
             @pl.when((tiles > 0) & (first_worker == last_worker))
             def _copy():
                 if copies:
-                    values = plt.load(decoded_ref.at[here], mask=in_tile, other=0.0)
+                    values = plt.load(copied_ref.at[here], mask=in_tile, other=0.0)
                     plt.store(out_ref.at[here], values, mask=in_tile)
 
             @pl.when((tiles > 0) & (first_worker < last_worker))
@@ -122,7 +124,7 @@ def merge(
         work.first_unit,
         work.division,
         num_real[None],
-        decoded,
+        copied,
         parts,
         weights,
         base,
