@@ -181,5 +181,5 @@ def _check(x: jax.Array, weight: jax.Array) -> None:
         raise NotImplementedError(f"weight is {list(weight.shape)}: must be [F / {BLOCK}, 2, {BLOCK}, D]")
     if x.shape[1] % _STEP:
         raise NotImplementedError(f"{x.shape[1]} columns of x: must be a multiple of {_STEP}")
-    if x.shape[0] < _FEWEST_TOKENS:
-        raise NotImplementedError(f"{x.shape[0]} tokens: must be {_FEWEST_TOKENS} or more")
+    if x.shape[0] < _FEWEST_TOKENS or x.shape[0] % 8:  # copies take groups of 8 rows
+        raise NotImplementedError(f"{x.shape[0]} tokens: must be a multiple of 8, {_FEWEST_TOKENS} or more")
