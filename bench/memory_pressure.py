@@ -14,7 +14,8 @@ With everything there at once (``load`` is ``saturated``):
 - ``recomputed_tokens``: computed, lost to a preemption, and not found in the prefix cache or loaded again;
 - ``pool_occupancy``: share of the pages that running requests own, and ``slot_efficiency``: share of their
   places that hold a computed token, both averaged over the time in which requests wait;
-- ``request_rate``: requests per second.
+- ``request_rate``: requests per second;
+- ``tpot_goodput``: of those, the ones with TPOT within ``--tpot-slo``, whenever they began.
 
 At rates (``load`` is a share of greedy's request rate), ``slo_share``: requests with TTFT and TPOT within
 ``--ttft-slo`` and ``--tpot-slo``, and ``goodput``: the highest of the rates with 90 % of them, interpolated.
@@ -25,6 +26,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -236,7 +238,7 @@ def run(args: argparse.Namespace) -> None:
     ]
     num_pages = pages_for(trace, args.slots, args.oversubscribed)
     results = Results("memory_pressure", host_device(), args.output)
-    greedy_rate, greedy_goodput, greedy_run = 0.0, 0.0, None
+    greedy_rate, greedy_goodput, greedy_steady, greedy_run = 0.0, 0.0, 0.0, None
     gc.disable()
     for case in cases(args.slots, int(args.host_gb * 1e9), args.quantile):
         if case.name != "greedy" and args.cases not in case.name:
@@ -251,9 +253,12 @@ def run(args: argparse.Namespace) -> None:
         where = {"label": cluster.label, "trace": source, "requests": len(trace), "num_pages": num_pages}
         where |= {"slots": args.slots, "oversubscribed": args.oversubscribed}
         where |= {"output_factor": args.output_factor, "sigma": args.sigma, "quantile": args.quantile}
+        where |= {"tpot_slo_s": args.tpot_slo}
         served = serve(at_once(trace), cluster, case, args.sigma)
         rate = len(trace) / served.makespan_s
         greedy_run, greedy_rate = greedy_run or served, greedy_rate or rate
+        steady = rate * slo_share(served.times, math.inf, args.tpot_slo)
+        greedy_steady = greedy_steady or steady
         for name, value, unit in (
             ("preempted_share", served.preempted / len(trace), "share"),
             ("preempted_ratio", served.preempted / max(greedy_run.preempted, 1), "of greedy"),
@@ -269,6 +274,8 @@ def run(args: argparse.Namespace) -> None:
             ("slot_efficiency", served.efficiency, "share"),
             ("request_rate", rate, "requests/s"),
             ("request_rate_ratio", rate / greedy_rate, "of greedy"),
+            ("tpot_goodput", steady, "requests/s"),
+            ("tpot_goodput_ratio", steady / max(greedy_steady, 1e-9), "of greedy"),
             ("e2e_p50_s", percentile([t.e2e for t in served.times], 50), "s"),
             ("tpot_p99_ms", 1e3 * percentile([t.tpot for t in served.times if t.tpot is not None], 99), "ms"),
         ):
@@ -276,7 +283,7 @@ def run(args: argparse.Namespace) -> None:
         if args.saturated_only:
             continue
         points: list[tuple[float, float]] = []
-        where |= {"ttft_slo_s": args.ttft_slo, "tpot_slo_s": args.tpot_slo}
+        where |= {"ttft_slo_s": args.ttft_slo}
         for share in args.rates:
             at = at_rate(trace, share * greedy_rate)
             loaded = serve(at, cluster, case, args.sigma)
