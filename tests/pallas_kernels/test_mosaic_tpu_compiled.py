@@ -174,15 +174,16 @@ def test_odd_shapes_compile(name: str) -> None:
     lower_for("v6e", ODD[name]).compile()
 
 
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])
 @pytest.mark.parametrize("tokens", [8, 32])
-def test_xla_compiles_for_a_tpu_too(tokens: int) -> None:
-    """What `auto` falls back to, and what the kernel is compared with on a chip.
-
-    It writes in place, too, but to read it rearranges the layer's whole cache: tiles hold heads side by side.
-    """
-    text = lower_for("v6e", Shape(tokens=tokens), "xla").compile().as_text()
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_xla_copies_no_cache_on_a_tpu_either(generation: str, tokens: int, kv_dtype: str) -> None:
+    """What `auto` falls back to, and what the kernel is compared with on a chip."""
+    shape = Shape(tokens=tokens, kv_dtype=kv_dtype)
+    text = lower_for(generation, shape, "xla").compile().as_text()
     assert "tpu_custom_call" not in text
-    assert len(aliased_parameters(text)) == 1
+    assert copies_of(read_instructions(text), [shape.layout.shape(NUM_PAGES)]) == []
+    assert len(aliased_parameters(text)) == 1 + shape.layout.has_scales
 
 
 REFUSED = {
