@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,43 +49,78 @@ def _compile(config: EngineConfig, platform: str, topology: str, output: Path | 
         if output.exists():
             raise ConfigError(f"output={output}: exists already; give a new folder")
         output.mkdir(parents=True, mode=0o700)
+    fits = False
     try:
-        return _compile_to(config, platform, topology, output)
-    except BaseException:
-        if output is not None:  # half a bundle is none
+        fits = _compile_to(config, platform, topology, output)
+    finally:
+        if output is not None and not fits:  # half a bundle is none
             shutil.rmtree(output, ignore_errors=True)
-        raise
+    return 0 if fits else 1
 
 
-def _compile_to(config: EngineConfig, platform: str, topology: str, output: Path | None) -> int:
+def _compile_to(config: EngineConfig, platform: str, topology: str, output: Path | None) -> bool:
+    """Whether every program fits in memory; only then there is a bundle."""
     from jaxserve.loading.source import read_architecture
     from jaxserve.models.registry import find_family
-    from jaxserve.runner.ahead_of_time import compile_steps, plan_engine
+    from jaxserve.runner.ahead_of_time import plan_engine
     from jaxserve.runner.bundle import make_manifest, programs_folder, write_manifest
     from jaxserve.runner.compile_cache import keeping_every_program, seal, use_compile_cache
-    from jaxserve.runner.slots import admission_shapes
 
     devices, make_platform = _target(platform, topology)
     hf = read_architecture(config.model.model, config.cache_dir, config.model.revision)
     model = find_family(hf).config_from_hf(hf)
     planned, resolved = plan_engine(config, model, devices, make_platform)
     device = planned.placement.mesh.devices.flat[0]
-    limit = _memory(platform, device)
-    _print_plan(planned, resolved, device.device_kind, limit)
+    _print_plan(planned, resolved, device.device_kind, _memory(platform, device))
     keeping: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if output is not None:
         use_compile_cache(programs_folder(output))
         keeping = keeping_every_program(output)
     with keeping:
-        shapes = admission_shapes(resolved.num_slots, resolved.max_model_len)
-        compile_steps(config, planned, resolved, (), shapes)
-        fits = [_print_step(report, limit) for report in _compile_steps(config, planned, resolved)]
-    if output is not None:
+        fits = _compile_programs(config, planned, resolved)
+    if fits and output is not None:
         seal(programs_folder(output))
         taken = list(planned.placement.mesh.devices.flat)
         write_manifest(make_manifest(config, resolved, model, taken, devices, topology), output)
         print(f"bundle       {output}: jaxserve serve --bundle {output} ...")
-    return 0 if all(fits) else 1
+    return fits
+
+
+def _compile_programs(config: EngineConfig, planned: PlannedModel, resolved: ResolvedConfig) -> bool:
+    """One after the other, so that each is reported as soon as it is there; whether all fit in memory."""
+    from jaxserve.runner.ahead_of_time import compile_steps, report_step, timed
+    from jaxserve.runner.out_of_memory import what_to_lower
+    from jaxserve.runner.slots import admission_shapes
+
+    def compile_admissions() -> None:
+        shapes = admission_shapes(resolved.num_slots, resolved.max_model_len)
+        compile_steps(config, planned, resolved, (), shapes)
+
+    def compile_step(bucket: Bucket) -> None:
+        programs, seconds = timed(lambda: compile_steps(config, planned, resolved, [bucket]))
+        _print_step(report_step(bucket, programs.step(bucket), planned, resolved, seconds))
+
+    fits = [_fits("admissions", compile_admissions)]
+    fits += [_fits(_name(each), functools.partial(compile_step, each)) for each in resolved.ladder.all()]
+    if not all(fits):
+        print(f"{fits.count(False)} of {len(fits)} do not fit: {what_to_lower(config, resolved)}")
+    return all(fits)
+
+
+def _fits(name: str, compile_and_print: Callable[[], None]) -> bool:
+    """Whether a program fits in memory; if not, prints what the compiler says of it."""
+    import jax
+
+    from jaxserve.runner.out_of_memory import is_out_of_memory, reason
+
+    try:
+        compile_and_print()
+    except jax.errors.JaxRuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"{name:12} does not fit: {reason(error)}", flush=True)
+        return False
+    return True
 
 
 def _target(platform: str, topology: str) -> tuple[list[Any], Any]:
@@ -108,19 +144,6 @@ def _memory(platform: str, device: Any) -> int | None:
     return chip_of(device).hbm_bytes
 
 
-def _compile_steps(
-    config: EngineConfig, planned: PlannedModel, resolved: ResolvedConfig
-) -> Iterable[StepReport]:
-    """One after the other, so that each is reported as soon as it is there."""
-    from jaxserve.runner.ahead_of_time import compile_steps, report_step, timed
-
-    def compile_one(bucket: Bucket) -> StepReport:
-        programs, seconds = timed(lambda: compile_steps(config, planned, resolved, [bucket]))
-        return report_step(bucket, programs.step(bucket), planned, resolved, seconds)
-
-    return map(compile_one, resolved.ladder.all())
-
-
 def _print_plan(planned: PlannedModel, resolved: ResolvedConfig, kind: str, limit: int | None) -> None:
     devices = planned.placement.mesh.size
     page_bytes = resolved.layout.bytes_per_page() * planned.module.config.num_layers // devices
@@ -139,23 +162,22 @@ def _print_plan(planned: PlannedModel, resolved: ResolvedConfig, kind: str, limi
     print(f"mixed tokens {', '.join(map(str, resolved.ladder.mixed_tokens))}", flush=True)
 
 
-def _print_step(report: StepReport, limit: int | None) -> bool:
-    """Prints a step; whether it fits in memory."""
-    needed = report.argument_bytes + report.temporary_bytes
+def _name(bucket: Bucket) -> str:
     kind = "mixed"
-    if report.bucket.is_decode:
-        kind = "loop" if report.bucket.decode_steps > 1 else "decode"
+    if bucket.is_decode:
+        kind = "loop" if bucket.decode_steps > 1 else "decode"
+    return f"{kind:6} {bucket.tokens:5}"
+
+
+def _print_step(report: StepReport) -> None:
     talk = ", ".join(
         f"{count} {collective.kind} of {collective.num_bytes / 1024:.1f} KiB"
         for collective, count in sorted(report.collectives.items(), key=lambda item: -item[0].num_bytes)
     )
     print(
-        f"{kind:6} {report.bucket.tokens:5} {report.temporary_bytes / _GIB:.2f} GiB temporary, "
-        f"{needed / _GIB:.2f} in all; {report.cache_copies} copies of a cache, "
+        f"{_name(report.bucket)} {report.temporary_bytes / _GIB:.2f} GiB temporary, "
+        f"{(report.argument_bytes + report.temporary_bytes) / _GIB:.2f} in all; "
+        f"{report.custom_calls.get('tpu_custom_call', 0)} kernels, {report.cache_copies} copies of a cache, "
         f"{report.host_transfers} host transfers; {talk or 'no collectives'}; {report.compile_s:.0f} s",
         flush=True,
     )
-    if limit is not None and needed > limit:
-        print(f"             does not fit in {limit / _GIB:.2f} GiB: give a smaller memory_fraction")
-        return False
-    return True

@@ -47,7 +47,7 @@ from jaxserve.platforms import Platform, select_platform
 from jaxserve.runner.bundle import check_devices, programs_folder, with_bundle
 from jaxserve.runner.compile_cache import seal, use_compile_cache
 from jaxserve.runner.model_runner import ModelRunner
-from jaxserve.runner.out_of_memory import naming_what_to_lower
+from jaxserve.runner.out_of_memory import naming_what_to_lower, what_to_lower
 from jaxserve.runner.probes import ProbeOptions
 from jaxserve.runner.programs import count_programs
 from jaxserve.runner.resolve import ResolvedConfig, resolve, resolve_dtype
@@ -227,13 +227,9 @@ def make_runner(
     )
     desc = "compiling, or loading what an earlier start compiled"
     what = f"allocating {resolved.num_pages} KV pages, and compiling and running steps that use them"
-    lower = (
-        f"lower memory_fraction={config.cache.memory_fraction} or num_pages={resolved.num_pages}, "
-        f"max_num_seqs={resolved.num_slots} or max_num_batched_tokens={resolved.ladder.token_budget}"
-    )
     bundle = config.runner.bundle
     with (
-        naming_what_to_lower(what, lower),
+        naming_what_to_lower(what, what_to_lower(config, resolved)),
         tqdm(total=num_programs, desc=desc, unit="program", disable=not progress) as bar,
     ):
 

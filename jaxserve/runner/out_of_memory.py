@@ -7,7 +7,9 @@ from collections.abc import Generator
 
 import jax
 
+from jaxserve.config import EngineConfig
 from jaxserve.errors import ConfigError
+from jaxserve.runner.resolve import ResolvedConfig
 
 # What XLA and the allocation of host arrays raise.
 ALLOCATION_ERRORS = (jax.errors.JaxRuntimeError, MemoryError)
@@ -28,6 +30,17 @@ def is_out_of_memory(error: BaseException) -> bool:
 def reason(error: BaseException) -> str:
     """The first line of an error's message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:_SHOWN_CHARS]
+
+
+def what_to_lower(config: EngineConfig, resolved: ResolvedConfig) -> str:
+    """The sizes that pages and steps take their memory by."""
+    pages = f"num_pages={resolved.num_pages}"
+    if config.cache.num_pages is None:
+        pages = f"memory_fraction={config.cache.memory_fraction} or {pages}"
+    return (
+        f"lower {pages}, max_num_seqs={resolved.num_slots} or "
+        f"max_num_batched_tokens={resolved.ladder.token_budget}"
+    )
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from jaxserve.errors import ConfigError
 from jaxserve.models.config import DecoderConfig
 from jaxserve.pallas_kernels.layout import KVLayout
 from jaxserve.platforms import Platform
+from jaxserve.runner.slots import slot_bytes
 
 _LOG = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ def resolve(config: EngineConfig, platform: Platform, model: DecoderConfig, mesh
         )
     page_bytes = layout.bytes_per_page() * model.num_layers // mesh.size
     num_pages = config.cache.num_pages or _affordable_pages(
-        config, platform, model, mesh, ladder, page_bytes, num_slots * (-(-wanted_len // layout.page_size))
+        config, platform, model, mesh, ladder, layout, page_bytes, num_slots, wanted_len
     )
     max_model_len = min(wanted_len, (num_pages - 1) * layout.page_size)
     if config.model.max_model_len is not None and max_model_len < wanted_len:
@@ -165,20 +166,39 @@ def _affordable_pages(
     model: DecoderConfig,
     mesh: Mesh,
     ladder: BucketLadder,
+    layout: KVLayout,
     page_bytes: int,
-    useful_pages: int,
+    num_slots: int,
+    wanted_len: int,
 ) -> int:
+    """As many pages as fit beside everything else, or as all slots could use, and the null page."""
     device: jax.Device = mesh.devices.flat[0]
-    reserve = _temporary_bytes(model, ladder, mesh.size)
-    affordable = platform.cache_bytes(config.cache.memory_fraction, device, reserve) // page_bytes
-    return max(min(affordable, useful_pages + 1), 2)
+    reserve = _temporary_bytes(model, ladder, mesh.size) + num_slots * slot_bytes(0, layout.page_size)
+    room = platform.cache_bytes(config.cache.memory_fraction, device, reserve)
+    wanted = -(-wanted_len // layout.page_size)
+    # No request has more pages than there are: with so many, slots and pages fill the room.
+    history_bytes = _history_bytes(ladder, num_slots, layout.page_size)
+    longest = min(wanted, max(room, 0) // (page_bytes + history_bytes))
+    return max(min((room - longest * history_bytes) // page_bytes, num_slots * wanted + 1), 2)
 
 
 def _temporary_bytes(model: DecoderConfig, ladder: BucketLadder, num_devices: int) -> int:
-    """Upper estimate of a step's temporaries: logits and their sampling copies, a layer's activations."""
-    logits = 6 * 4 * ladder.mixed_rows * model.vocab_size
+    """Upper estimate of a step's temporaries: logits, a layer's activations.
+
+    Penalties count tokens and change logits in nine arrays of their size, as XLA:TPU compiles them.
+    """
+    logits = 9 * 4 * ladder.mixed_rows * model.vocab_size
     widest = (
         model.hidden_size * 6
         + (model.intermediate_size * 3 + model.num_heads * model.head_dim * 4) // num_devices
     )
     return logits + 4 * ladder.token_budget * widest
+
+
+def _history_bytes(ladder: BucketLadder, num_slots: int, page_size: int) -> int:
+    """What a page of context takes beside keys and values: in slots, and in two copies of a step's rows.
+
+    Penalties want the copies.
+    """
+    in_a_slot = slot_bytes(page_size, page_size) - slot_bytes(0, page_size)
+    return num_slots * in_a_slot + 2 * 4 * ladder.mixed_rows * page_size

@@ -47,6 +47,11 @@ def empty_slots(num_slots: int, max_model_len: int, page_size: int) -> SlotState
     return jax.tree.map(np.asarray, _rows([], shape, -(-max_model_len // page_size))[1])
 
 
+def slot_bytes(max_model_len: int, page_size: int) -> int:
+    """Of one slot, on each device; without hidden states."""
+    return sum(array.nbytes for array in jax.tree.leaves(empty_slots(1, max_model_len, page_size)))
+
+
 class AdmissionShape(NamedTuple):
     """How many requests a program admits at once, and how many tokens each may have by then."""
 

@@ -15,10 +15,12 @@ length, and each of them is enough work for the whole machine.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from jaxserve.pallas_kernels.layout import KVLayout, KVPages, encode
 from jaxserve.pallas_kernels.ragged_paged_attention.metadata import (
@@ -163,12 +165,11 @@ def _attend_chunks(
 
 def _attend(blocks: _QueryBlocks, kv_pages: KVPages, variant: AttentionVariant) -> jax.Array:
     """Walks query blocks over their contexts; like their queries, with zeros where there is no token."""
-    layout, num_pages = kv_pages.layout, kv_pages.data.shape[0]
+    layout = kv_pages.layout
     page_size, kv_heads, head_dim = layout.page_size, layout.num_kv_heads, layout.head_dim
     num_blocks, size, q_heads, _ = blocks.queries.shape
     group = q_heads // kv_heads
     dtype = _product_dtype(blocks.queries.dtype, layout)
-    heads = kv_pages.data.reshape(num_pages, page_size, kv_heads, 2, head_dim)
     # One product per kv head has all queries of its group: [blocks, kv_heads, group * block, head_dim].
     queries = blocks.queries.reshape(num_blocks, size, kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
     queries = queries.reshape(num_blocks, kv_heads, group * size, head_dim).astype(dtype)
@@ -185,13 +186,12 @@ def _attend(blocks: _QueryBlocks, kv_pages: KVPages, variant: AttentionVariant) 
 
     def fetch(page_ids: jax.Array, which: int) -> jax.Array:
         """Keys (0) or values (1), copied once: ``[blocks, kv_heads, length, head_dim]``."""
-        fetched = heads.at[page_ids, :, :, which].get(mode="promise_in_bounds").transpose(0, 3, 1, 2, 4)
+        fetched = _fetch(kv_pages.data, page_ids, which, rows=2).transpose(0, 3, 1, 2, 4)
         return fetched.reshape(num_blocks, kv_heads, length, head_dim).astype(dtype)
 
     def fetch_scales(scales: jax.Array, page_ids: jax.Array, which: int) -> jax.Array:
         """Scales of keys (0) or values (1), ``[blocks, kv_heads, 1, length]``."""
-        scales = scales.reshape(num_pages, kv_heads, 2, page_size)
-        fetched = scales.at[page_ids, :, which].get(mode="promise_in_bounds").transpose(0, 2, 1, 3)
+        fetched = _fetch(scales, page_ids, which, rows=1).transpose(0, 2, 1, 3)
         return fetched.reshape(num_blocks, kv_heads, 1, length)
 
     def walk(index: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
@@ -227,6 +227,43 @@ def _attend(blocks: _QueryBlocks, kv_pages: KVPages, variant: AttentionVariant) 
     out = jnp.where(positions >= 0, acc / total, 0.0)  # a query sees itself at least; a NaN must be noticed
     out = out.reshape(num_blocks, kv_heads, group, size, head_dim).transpose(0, 3, 1, 2, 4)
     return out.reshape(blocks.queries.shape).astype(blocks.queries.dtype)
+
+
+def _fetch(pages: jax.Array, page_ids: jax.Array, which: int, *, rows: int) -> jax.Array:
+    """Keys (0) or values (1) of some pages, or their scales.
+
+    Args:
+        pages: ``[num_pages, ...]``, whose axis ``rows`` has ``2 * kv_heads``.
+        page_ids: int32 ``[blocks, columns]``.
+
+    Returns:
+        ``[blocks, columns, ...]`` with ``kv_heads`` in that axis.
+    """
+    return jax.lax.platform_dependent(
+        pages,
+        page_ids,
+        tpu=functools.partial(_fetch_whole, which=which, rows=rows),
+        default=functools.partial(_fetch_half, which=which, rows=rows),
+    )
+
+
+def _fetch_half(pages: jax.Array, page_ids: jax.Array, *, which: int, rows: int) -> jax.Array:
+    """Copies nothing else."""
+    index = (page_ids, *[slice(None)] * rows, which)
+    return _split(pages, rows).at[index].get(mode="promise_in_bounds")
+
+
+def _fetch_whole(pages: jax.Array, page_ids: jax.Array, *, which: int, rows: int) -> jax.Array:
+    """Copies whole pages as they lie: for a part of each XLA:TPU lays out the whole pool anew, every step."""
+    fetched = pages.at[page_ids].get(mode="promise_in_bounds")
+    as_stored = with_layout_constraint(fetched, Layout(tuple(range(fetched.ndim))))
+    return jax.lax.index_in_dim(_split(as_stored, rows + 1), which, axis=rows + 2, keepdims=False)
+
+
+def _split(array: jax.Array, axis: int) -> jax.Array:
+    """An axis of heads' keys and values as two."""
+    *lead, size = array.shape[: axis + 1]
+    return array.reshape(*lead, size // 2, 2, *array.shape[axis + 1 :])
 
 
 def _product_dtype(queries: jnp.dtype, layout: KVLayout) -> jnp.dtype:

@@ -18,9 +18,10 @@ from jaxserve.config import EngineConfig
 from jaxserve.errors import ConfigError
 from jaxserve.models.registry import find_family
 from jaxserve.platforms.tpu import Tpu
+from jaxserve.runner import ahead_of_time
 from jaxserve.runner.ahead_of_time import plan_engine
 from jaxserve.runner.bundle import MANIFEST, check_devices, make_manifest, read_manifest, with_bundle
-from tests.support.faults import files_of_at_most, names_in
+from tests.support.faults import OUT_OF_MEMORY, files_of_at_most, names_in, xla_out_of_memory
 from tests.support.tiny_checkpoint import TINY_CONFIG, write_tiny_checkpoint
 from tests.support.tpu_compiler import devices, needs_libtpu
 
@@ -229,7 +230,7 @@ def test_a_tpu_is_planned_and_compiled_for_from_a_config_alone(tmp_path: Path, c
     assert "65 of 128 tokens, 8192 tokens in all, int8" in printed
     assert "decode     8" in printed
     assert "mixed     16" in printed
-    assert printed.count("0 copies of a cache, 0 host transfers") == 2
+    assert printed.count("2 kernels, 0 copies of a cache, 0 host transfers") == 2
     manifest = read_manifest(bundle)
     assert (manifest.device_kind, manifest.topology) == ("TPU v6 lite", "v6e:2x2")
     pinned = with_bundle(EngineConfig.from_flat({"bundle": bundle}))
@@ -237,6 +238,56 @@ def test_a_tpu_is_planned_and_compiled_for_from_a_config_alone(tmp_path: Path, c
     model = find_family(config).config_from_hf(config)
     with pytest.raises(ConfigError, match="made for v6e:2x2; devices 'TPU v6 lite' there, 'cpu' here"):
         check_devices(bundle, model, jax.devices()[:2], jax.devices()[:2])
+
+
+@needs_libtpu
+def test_what_does_not_fit_on_a_chip_is_said_of_each_step(tmp_path: Path, capsys) -> None:
+    """40 GiB of pages: in the compiler's words, and what to lower; there is no bundle."""
+    config = TINY_CONFIG | {"head_dim": 128, "max_position_embeddings": 1024}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    page_bytes = 128 * 2 * config["num_key_value_heads"] * 128 * 2 * config["num_hidden_layers"]
+    num_pages = 40 * 2**30 // page_bytes
+    sizes = ["--max-num-seqs=8", "--row-buckets=8", "--token-buckets=16", "--max-num-batched-tokens=16"]
+    arguments = ["compile", f"--model={tmp_path}", "--topology=v6e:2x2", *sizes, f"--num-pages={num_pages}"]
+    assert main.main([*arguments, f"--output={tmp_path / 'bundle'}"]) == 1
+    decode, mixed, last = capsys.readouterr().out.splitlines()[-3:]
+    for line, name in ((decode, "decode     8"), (mixed, "mixed     16")):
+        assert line.startswith(f"{name} does not fit: RESOURCE_EXHAUSTED: Ran out of memory on HBM, ")
+        assert "(40.0" in line, "what it needs"
+        assert "available HBM (31.24G)" in line
+    lower = f"lower num_pages={num_pages}, max_num_seqs=8 or max_num_batched_tokens=16"
+    assert last == f"2 of 3 do not fit: {lower}"
+    assert names_in(tmp_path) == ["config.json"]
+
+
+def test_other_steps_are_compiled_beside_one_that_does_not_fit(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    def compile_steps(*args: Any) -> Any:
+        buckets = args[3]
+        if any(bucket.is_decode for bucket in buckets):
+            raise xla_out_of_memory()
+        return ahead_of_time_compile(*args)
+
+    ahead_of_time_compile = ahead_of_time.compile_steps
+    monkeypatch.setattr(ahead_of_time, "compile_steps", compile_steps)
+    argv = ["compile", "--platform=cpu", f"--model={checkpoint}", *SIZES[:-1]]
+    assert main.main(argv) == 1
+    decode, mixed, last = capsys.readouterr().out.splitlines()[-3:]
+    assert decode == f"decode     2 does not fit: {OUT_OF_MEMORY}", "no pages of buffers"
+    assert "GiB temporary" in mixed
+    assert last.startswith("1 of 3 do not fit: lower memory_fraction=0.9 or num_pages=")
+
+
+def test_another_error_of_the_compiler_is_not_called_so(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compile_steps(*_: Any) -> Any:
+        raise jax.errors.JaxRuntimeError("INTERNAL: a bug")
+
+    monkeypatch.setattr(ahead_of_time, "compile_steps", compile_steps)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL: a bug"):
+        main.main(["compile", "--platform=cpu", f"--model={checkpoint}", *SIZES])
 
 
 @pytest.mark.parametrize(

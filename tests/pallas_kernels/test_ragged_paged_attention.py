@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxserve.pallas_kernels.ragged_paged_attention import xla
 from jaxserve.pallas_kernels.ragged_paged_attention.api import AttentionMetadata, ragged_paged_attention
 from jaxserve.pallas_kernels.ragged_paged_attention.arg_specs import CORRECTNESS_SPECS, ArgSpec
 from tests.support import attention_oracle
@@ -199,6 +200,27 @@ def test_an_8_bit_cache_equals_the_oracle(implementation: str, name: str, dtype:
     else:
         np.testing.assert_array_equal(codes, data[1:])
     np.testing.assert_array_equal(np.asarray(kv_pages.scales, np.float64)[1:], scales[1:])
+
+
+@pytest.mark.parametrize(
+    ("name", "kv_dtype"), [("mixed", ""), ("mixed", "int8"), ("decode_page_borders", "")]
+)
+def test_whole_pages_give_the_same_as_their_halves(
+    name: str, kv_dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """XLA on a TPU fetches whole pages, elsewhere keys and values each for themselves."""
+    wanted, _ = result(name, "float32", "xla", kv_dtype)
+    fetched: list[int] = []
+
+    def whole(pages: jax.Array, page_ids: jax.Array, *, which: int, rows: int) -> jax.Array:
+        fetched.append(which)
+        return xla._fetch_whole(pages, page_ids, which=which, rows=rows)
+
+    monkeypatch.setattr(xla, "_fetch_half", whole)
+    spec, (_, (q, k, v, kv_pages), metadata) = SPECS[name], case(name, "float32", kv_dtype)
+    got, _ = call(q, k, v, own(kv_pages), metadata, scale=scale_of(spec), implementation="xla")
+    assert {0, 1} == set(fetched)
+    np.testing.assert_array_equal(got, wanted)
 
 
 @pytest.mark.parametrize("wrong", ["no key scale", "no value scale", "neighbour's", "key's for value"])

@@ -21,6 +21,7 @@ from jaxserve.pallas_kernels.layout import KVLayout
 from jaxserve.platforms.tpu import CHIPS, Tpu, chip_of, topology_devices
 from jaxserve.runner.ahead_of_time import compile_steps, plan_engine
 from tests.support.tiny_checkpoint import TINY_CONFIG
+from tests.support.tpu_compiler import devices, lower_on_one, needs_libtpu
 from tests.support.tpu_host import has_tpu
 
 VERSIONS = {"v5e": "TPU_V5E", "v5p": "TPU_V5P", "v6e": "TPU_V6E", "tpu7x": "TPU_7X"}
@@ -36,6 +37,18 @@ def test_facts_agree_with_those_that_jax_has(name: str) -> None:
     assert chip.int8_ops == pytest.approx(chip.cores * core.int8_ops_per_second, rel=1e-6)
     # The compiler keeps some for itself.
     assert 0.97 <= chip.hbm_bytes / (chip.cores * core.hbm_capacity_bytes) <= 1.0
+
+
+@needs_libtpu
+@pytest.mark.parametrize("name", CHIPS)
+def test_a_device_has_the_memory_that_the_compiler_gives_a_program(name: str) -> None:
+    """On v5p, whose chip is one device of two cores, the memory of both."""
+    chip, there = CHIPS[name], devices(f"{name}:{CHIPS[name].host_topology}")
+    assert len({tuple(device.coords) for device in there}) == len(there) // (2 if name == "tpu7x" else 1)
+    memory = f"{chip.hbm_bytes / 2**30:.2f}G"
+    too_large = jax.ShapeDtypeStruct((chip.hbm_bytes // 2,), jnp.float32)
+    with pytest.raises(jax.errors.JaxRuntimeError, match=rf"exceeds available HBM \({memory}\)"):
+        lower_on_one(name, lambda x: x + 1, too_large, donate=0).compile()
 
 
 def test_a_chip_is_found_by_its_kind() -> None:

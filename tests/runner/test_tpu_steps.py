@@ -53,6 +53,8 @@ LLAMA_1B = LLAMA_8B | {
 MODELS = {"8b": LLAMA_8B, "1b": LLAMA_1B}
 NUM_LAYERS = 2
 ROWS = 64
+SIZES: dict[str, Any] = {"max_num_seqs": ROWS, "row_buckets": (ROWS,), "token_buckets": (512,)}
+MEMORY_FRACTION = EngineConfig().cache.memory_fraction
 BUCKETS = {"decode": Bucket(ROWS, ROWS), "loop": Bucket(ROWS, ROWS, 8), "mixed": Bucket(512, ROWS)}
 TOPOLOGIES = {
     "v5e": {1: "v5e:2x2", 4: "v5e:2x2", 8: "v5e:2x4"},
@@ -91,6 +93,8 @@ IN_CI = [
     Case("1b", "v6e", 1, "loop"),
     Case("8b", "v6e", 8, "mixed"),
     Case("8b", "v6e", 8, "loop"),
+    Case("1b", "v6e", 8, "mixed"),
+    Case("1b", "v6e", 8, "loop"),
     Case("8b", "v6e", 8, "decode", "int8"),  # one head a device: folded pages
 ]
 EVERY = [
@@ -115,24 +119,23 @@ class Compiled(NamedTuple):
 @functools.cache
 def compiled(case: Case, num_pages: int | None = None) -> Compiled:
     """With the pages that the engine chooses, or others."""
-    config = EngineConfig.from_flat(
-        {
-            "tensor_parallel_size": case.num_devices,
-            "attention": "mosaic_tpu",
-            "kv_cache_dtype": case.kv_cache_dtype,
-            "max_num_seqs": ROWS,
-            "row_buckets": (ROWS,),
-            "token_buckets": (512,),
-            "max_decode_steps": BUCKETS["loop"].decode_steps,
-            "num_pages": num_pages,
-        }
-    )
-    hf = MODELS[case.model]
-    there = list(devices(TOPOLOGIES[case.generation][case.num_devices]))
-    planned, resolved = plan_engine(config, find_family(hf).config_from_hf(hf), there, Tpu)
-    programs = compile_steps(config, planned, resolved, [case.bucket])
-    report = report_step(case.bucket, programs.step(case.bucket), planned, resolved, 0.0)
-    return Compiled(report, planned, resolved)
+    options = SIZES | {
+        "attention": "mosaic_tpu",
+        "tensor_parallel_size": case.num_devices,
+        "kv_cache_dtype": case.kv_cache_dtype,
+        "max_decode_steps": BUCKETS["loop"].decode_steps,
+        "num_pages": num_pages,
+    }
+    topology = TOPOLOGIES[case.generation][case.num_devices]
+    return compile_one(MODELS[case.model], topology, case.bucket, options)
+
+
+def compile_one(hf: dict[str, Any], topology: str, bucket: Bucket, options: dict[str, Any]) -> Compiled:
+    """One step of an engine with some options."""
+    config = EngineConfig.from_flat(options)
+    planned, resolved = plan_engine(config, find_family(hf).config_from_hf(hf), list(devices(topology)), Tpu)
+    programs = compile_steps(config, planned, resolved, [bucket])
+    return Compiled(report_step(bucket, programs.step(bucket), planned, resolved, 0.0), planned, resolved)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -190,11 +193,11 @@ def expected_collectives(case: Case) -> collections.Counter[Collective]:
 
 
 def check_memory(step: Compiled, case: Case) -> None:
-    """It fits with the pages that were chosen; where memory limited them, twice as many would not."""
+    """It keeps to the share that was planned; where memory limited the pages, twice as many would not fit."""
     report, planned, resolved = step
     needed = report.argument_bytes + report.temporary_bytes
     assert report.argument_bytes >= cache_bytes(step, case) + planned.bytes_per_device
-    assert needed <= case.chip.hbm_bytes
+    assert needed <= MEMORY_FRACTION * case.chip.hbm_bytes
     if is_limited_by_memory(resolved):
         assert needed + cache_bytes(step, case) > case.chip.hbm_bytes
     else:
@@ -204,6 +207,28 @@ def check_memory(step: Compiled, case: Case) -> None:
 def is_limited_by_memory(resolved: ResolvedConfig) -> bool:
     """Whether there are fewer pages than all slots could use together, and the null page."""
     return resolved.num_pages < ROWS * (LLAMA_8B["max_position_embeddings"] // resolved.layout.page_size) + 1
+
+
+def test_the_plan_counts_slots_and_what_the_sampler_needs() -> None:
+    """Long histories and logits of a whole vocabulary weigh more than a decode step's layers."""
+    hf = LLAMA_8B | {"vocab_size": 128256}
+    rows = 128
+    options = {"max_num_seqs": rows, "row_buckets": (rows,), "token_buckets": (2 * rows,)}
+    report, planned, resolved = compile_one(hf, "v6e:2x2", Bucket(rows, rows), options)
+    assert resolved.max_model_len == hf["max_position_embeddings"]
+    pages = NUM_LAYERS * resolved.num_pages * resolved.layout.bytes_per_page()
+    beside = report.argument_bytes + report.temporary_bytes - planned.bytes_per_device - pages
+    assert beside > 600 * 2**20
+    assert report.argument_bytes + report.temporary_bytes <= MEMORY_FRACTION * CHIPS["v6e"].hbm_bytes
+
+
+def test_xla_attention_needs_no_copies_either() -> None:
+    """What `auto` falls back to fits beside the pages that the engine chooses."""
+    report, _, resolved = compile_one(LLAMA_8B, "v6e:2x2", BUCKETS["mixed"], SIZES | {"attention": "xla"})
+    assert is_limited_by_memory(resolved)
+    assert report.custom_calls["tpu_custom_call"] == 0
+    assert (report.cache_copies, report.lost_donations, report.host_transfers) == (0, 0, 0)
+    assert report.argument_bytes + report.temporary_bytes <= MEMORY_FRACTION * CHIPS["v6e"].hbm_bytes
 
 
 @pytest.mark.nightly
