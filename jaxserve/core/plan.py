@@ -151,10 +151,10 @@ class StepPlan:
             has been loaded. One whose pages are being loaded is told when they land.
         page_updates: pages of requests that grew; at most one per row.
         preempted_ids: requests that lost their slot and pages in this plan.
-        saves: pages to copy to the host before anything else of this plan is done; after them the loads,
-            then the landings.
+        saves: pages to copy to the host before anything else of this plan is done.
         loads: blocks to bring to the device; they go into pages when they land.
-        landings: numbers of loads, of this plan or earlier ones, to put into their pages before the step.
+        landings: numbers of loads, of this plan or earlier ones, to put into their pages before the step, in
+            this order: pages of one may have been given up, and be those of a later one.
         num_held_slots: slots kept by finished requests (static and dynamic batching), padded in the step.
     """
 

@@ -270,6 +270,7 @@ def make_core[Handle](
     hidden_recorder: HiddenRecorder | None = None,
     learning_log: LearningLog | None = None,
     meter: EnergyMeter | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> EngineCore[Handle]:
     """The step loop's parts, wired for production: the wall clock and a real executor.
 
@@ -284,6 +285,7 @@ def make_core[Handle](
         hidden_recorder: of what it reads.
         learning_log: of the choices, if the configuration lets it learn.
         meter: of energy, for the same.
+        clock: seconds that never go back; `make_engine` takes the same.
     """
     assembly = Assembly(
         scheduler=config.scheduler,
@@ -310,7 +312,7 @@ def make_core[Handle](
         executor=executor,
         prepare=prepare,
         predictor=predictor or MeanLengthPredictor(),
-        clock=time.monotonic,
+        clock=clock,
         pipeline_depth=depth,
         costs=costs,
         recorder=journals.recorder(assembly, prior, depth) if journals else None,
@@ -368,11 +370,13 @@ def make_engine(
     core: EngineCore[Any],
     *,
     on_close: Callable[[], None] = lambda: None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Engine:
     """Starts the thread of a core, with everything that requests pass through on their way to it.
 
     Args:
         on_close: called when the engine is closed; ``runner.close`` if the runner is the engine's own.
+        clock: of arrivals; the core's.
     """
     limits = validation.RequestLimits(
         model.module.config.vocab_size, resolved.max_model_len, resolved.num_cache_tokens
@@ -380,7 +384,7 @@ def make_engine(
     return Engine(
         name=model.name,
         loop=EngineLoop(core, model.tokenizer, config.scheduler.max_queued_requests + resolved.num_slots),
-        inputs=InputProcessor(model.tokenizer, limits, time.monotonic, random.Random(config.seed)),
+        inputs=InputProcessor(model.tokenizer, limits, clock, random.Random(config.seed)),
         description=_describe(model.name, model.platform.name, model.placement.mesh.size, resolved),
         on_close=on_close,
         count_compiles=lambda: runner.compiles_after_warmup,

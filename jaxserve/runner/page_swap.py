@@ -63,15 +63,14 @@ class PageSwapper:
         """The copies of a plan, before its step; returns the caches, which are donated if anything lands."""
         for save in plan.saves:
             self._save(save, caches)
-        landings = set(plan.landings)
-        for load in plan.loads:
-            self._load(load)
-            if load.number in landings:  # its blocks need not wait beside those of others
-                landings.remove(load.number)
-                caches = self._land(load.number, caches)
+        loads = {load.number: load for load in plan.loads}
+        # In the plan's order: what landed first may have been given up for what lands after it.
         for number in plan.landings:
-            if number in landings:
-                caches = self._land(number, caches)
+            if number in loads:  # only now: its blocks need not wait beside those of others
+                self._load(loads.pop(number))
+            caches = self._land(number, caches)
+        for load in loads.values():
+            self._load(load)
         return caches
 
     def _land(self, number: int, caches: Caches) -> Caches:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 from pathlib import Path
 from typing import Any
@@ -56,8 +57,10 @@ def test_tokens_are_the_same_on_no_tier_one_and_two(checkpoint: Path, dtype: str
             ),
         )
         host = runner.host_tier if tiers == 2 else NO_HOST
-        core = make_core(mine, resolved, runner, runner.prepare, journals=journals, host=host)
-        return LLM.from_engine(make_engine(mine, model, resolved, runner, core))
+        # A hundredth of a second whenever somebody looks: pauses are as many steps on every machine.
+        clock = itertools.count(0.0, 0.01).__next__
+        core = make_core(mine, resolved, runner, runner.prepare, journals=journals, host=host, clock=clock)
+        return LLM.from_engine(make_engine(mine, model, resolved, runner, core, clock=clock))
 
     with engine(1, tiers=0) as llm:
         expected = conversations(llm)
