@@ -3,6 +3,7 @@
     python -m bench.prediction collect --prompts FOLDER --data build/answers  # again and again
     python -m bench.prediction heads --data build/answers --output results.jsonl
     python -m bench.prediction service --prompts FOLDER --data build/answers --output results.jsonl
+    python -m bench.prediction live --prompts FOLDER --trace FILE --data build/answers --output results.jsonl
     python -m bench.prediction overhead --data build/answers --output results.jsonl  # on a quiet machine
 
 ``FOLDER`` holds gpteacher, gsm8k, arena_hard and humaneval as ``NAME.jsonl.gz``, an object with ``prompt``
@@ -11,6 +12,7 @@ and ``prompt_tokens`` a line. Cases, besides those in `prediction_judging`:
 - ``head, layers ...``: trained on the states of those layers; ``..., no states``: the same network with all
   states zero, which sees only how many tokens there are; ``..., shuffled``: with lengths dealt out at random.
 - ``service ...``: what the engine would have predicted.
+- ``live ...``: what that gains, served near saturation (`prediction_live`).
 """
 
 from __future__ import annotations
@@ -22,10 +24,11 @@ from typing import Any
 
 import numpy as np
 
-from bench.prediction_data import collect, collected, questions, shards
+from bench.prediction_data import collect, collected, prompt_ids, questions, shards
 from bench.prediction_judging import Asked, cross_validated, report_head, report_service
+from bench.prediction_live import measure_live
 from bench.prediction_overhead import measure
-from bench.results import Results, add_output_flag, host_device, int_list, jax_device
+from bench.results import Results, add_output_flag, float_list, host_device, int_list, jax_device
 from jaxserve.cli.arguments import CommandParser, add_engine_flags, engine_options
 from jaxserve.config import EngineConfig
 from jaxserve.loading.source import resolve_model
@@ -55,6 +58,8 @@ def main(argv: list[str] | None = None) -> int:
         _heads(arguments)
     elif arguments.command == "service":
         _service(arguments)
+    elif arguments.command == "live":
+        measure_live(arguments, options, Results("prediction", jax_device(), arguments.output))
     else:
         _overhead(arguments, options)
     return 0
@@ -65,10 +70,10 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True, parser_class=CommandParser)
-    for name in ("collect", "heads", "service", "overhead"):
+    for name in ("collect", "heads", "service", "live", "overhead"):
         command = commands.add_parser(name)
         command.add_argument("--data", type=Path, required=True, help="folder of collected answers")
-        if name in ("collect", "service"):
+        if name in ("collect", "service", "live"):
             command.add_argument("--prompts", type=Path, required=True, help="folder of prompts")
         if name != "collect":
             command.add_argument(
@@ -92,10 +97,14 @@ def _parser() -> argparse.ArgumentParser:
                 metavar="NAME,...",
                 help=f"of {', '.join(_CASES)} (default: all)",
             )
-        if name == "overhead":
+        if name == "live":
+            command.add_argument("--trace", type=Path, help="CSV whose arrival times are taken")
+            command.add_argument("--loads", type=float_list, default=(0.94, 1.0), help="shares of saturation")
+        if name in ("live", "overhead"):
             command.add_argument("--slots", type=int, default=16)
+            command.add_argument("--rounds", type=int, default=7 if name == "overhead" else 3)
+        if name == "overhead":
             command.add_argument("--new-tokens", type=int, default=100)
-            command.add_argument("--rounds", type=int, default=7)
         add_engine_flags(command, without=_OWN_OPTIONS)
     return parser
 
@@ -158,12 +167,11 @@ def _service(arguments: argparse.Namespace) -> None:
     asked: list[Asked] = []
     for record in records:
         question = texts[record["index"]]
-        chat = tokenizer.render_chat([{"role": "user", "content": question.text}])
         rows = np.flatnonzero(data.prompt == record["prompt"])
         rows = rows[np.argsort(data.generated[rows])]
         asked.append(
             Asked(
-                prompt_token_ids=tokenizer.encode(chat, add_special_tokens=False, parse_special=True),
+                prompt_token_ids=prompt_ids(tokenizer, question),
                 client=question.source,
                 max_tokens=record["max_tokens"],
                 output_tokens=record["output_tokens"],

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from jaxserve.config import EngineConfig
 from jaxserve.engine.build import Engine, build_engine
 from jaxserve.engine.hidden_recording import prompt_digest
+from jaxserve.loading.tokenizer import Tokenizer
 from jaxserve.outputs import RequestOutput
 from jaxserve.request import SamplingParams
 
@@ -49,6 +50,12 @@ def questions(folder: Path) -> list[Question]:
         chosen += [Question(source, text) for text in texts[:count]]
     rng.shuffle(chosen)
     return chosen
+
+
+def prompt_ids(tokenizer: Tokenizer, question: Question) -> list[int]:
+    """The question as it is asked: in the model's chat template."""
+    chat = tokenizer.render_chat([{"role": "user", "content": question.text}])
+    return tokenizer.encode(chat, add_special_tokens=False, parse_special=True)
 
 
 def collected(folder: Path) -> list[dict[str, Any]]:

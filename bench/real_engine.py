@@ -16,6 +16,7 @@ from bench.workloads import Item, Workload
 from jaxserve.config import EngineConfig
 from jaxserve.core.known_lengths import make_known_length_predictor
 from jaxserve.core.predictor import LengthPredictor
+from jaxserve.core.probing import Probing
 from jaxserve.engine.build import (
     Engine,
     LoadedModel,
@@ -25,6 +26,7 @@ from jaxserve.engine.build import (
     make_runner,
 )
 from jaxserve.engine.journals import Journals
+from jaxserve.engine.prediction import make_prediction
 from jaxserve.engine.recording import read_recording
 from jaxserve.outputs import RequestOutput
 from jaxserve.request import SamplingParams
@@ -53,7 +55,10 @@ class RealEngine:
     def __init__(self, config: EngineConfig, model: LoadedModel, *, progress: bool = False) -> None:
         self._config = config
         self._model = model
-        made: tuple[ResolvedConfig, ModelRunner] = make_runner(config, model, progress=progress)
+        self._probes = make_prediction(config, model).probes
+        made: tuple[ResolvedConfig, ModelRunner] = make_runner(
+            config, model, probes=self._probes, progress=progress
+        )
         self.resolved, self._runner = made
         items = [Item([1] * _WARM_UP_PROMPT, _WARM_UP_OUTPUT)] * (self.resolved.num_slots + 1)
         self.serve(Workload("warm-up", items), recorded=False)
@@ -69,7 +74,8 @@ class RealEngine:
         """Makes the requests at their times and waits for all.
 
         Args:
-            predictor: of output lengths; by default the mean of those that finished.
+            predictor: of output lengths, which is shown no hidden states; by default a new one of the
+                configured kind, with the configured head.
             recorded: keep everything that a replay needs; costs the host a little every step.
             scheduler: fields of `SchedulerConfig` in place of the configured ones.
 
@@ -92,10 +98,14 @@ class RealEngine:
         self, config: EngineConfig, workload: Workload, predictor: LengthPredictor | None
     ) -> list[RequestOutput]:
         journals = Journals(config.scheduler)
-        prior = device_prior(self._model, self.resolved)
+        prediction = make_prediction(config, self._model)
+        interval = config.prediction.probe_interval
         core = make_core(
             config, self.resolved, self._runner, self._runner.prepare,
-            prior=prior, predictor=predictor, journals=journals,
+            prior=device_prior(self._model, self.resolved),
+            predictor=predictor or prediction.predictor,
+            probing=Probing(self._runner, interval) if self._probes and predictor is None else None,
+            journals=journals,
         )  # fmt: skip
         engine = make_engine(config, self._model, self.resolved, self._runner, core, on_close=journals.close)
         try:
@@ -137,9 +147,11 @@ def generate(engine: Engine, workload: Workload) -> list[RequestOutput]:
             top_p=item.top_p,
             seed=index,
             max_tokens=item.output_tokens,
-            ignore_eos=True,
+            ignore_eos=not item.stops,
         )
-        group = engine.inputs.from_prompt(item.prompt_token_ids, params, request_id=str(index))
+        group = engine.inputs.from_prompt(
+            item.prompt_token_ids, params, request_id=str(index), client=item.client
+        )
         engine.loop.submit(group, inbox.put, streams=False)
     outputs: dict[str, RequestOutput] = {}
     while len(outputs) < len(workload.items):
@@ -148,9 +160,9 @@ def generate(engine: Engine, workload: Workload) -> list[RequestOutput]:
 
 
 def check_lengths(workload: Workload, outputs: Sequence[RequestOutput]) -> None:
-    """Raises RuntimeError if a request has fewer tokens than it was to have."""
+    """Raises RuntimeError if a request that does not stop by itself lacks tokens."""
     for item, output in zip(workload.items, outputs, strict=True):
-        if len(output.outputs[0].token_ids) != item.output_tokens:
+        if not item.stops and len(output.outputs[0].token_ids) != item.output_tokens:
             raise RuntimeError(f"{output} should have had {item.output_tokens} tokens")
 
 

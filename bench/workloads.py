@@ -39,9 +39,12 @@ class Encoder(Protocol):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Item:
-    """One request to make: all of its output tokens are generated, whatever the model would say.
+    """One request to make. With a temperature, tokens are drawn by its place in the workload as a seed.
 
-    With a temperature, tokens are drawn by its place in the workload as a seed.
+    Attributes:
+        output_tokens: that are generated, whatever the model would say; at most, if it ``stops``.
+        stops: whether the answer ends where the model ends it.
+        client: who asks.
     """
 
     prompt_token_ids: list[int]
@@ -49,6 +52,8 @@ class Item:
     arrival_s: float = 0.0
     temperature: float = 0.0
     top_p: float = 1.0
+    stops: bool = False
+    client: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import json
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from bench.prediction_data import collect, collected, questions, shards
 from bench.prediction_judging import Asked, Judged, cross_validated, report_head, report_service
+from bench.prediction_live import measure_live
 from bench.results import Results, read_results
 from jaxserve.runner.length_training import Dataset, TrainingOptions, read_recordings
 
@@ -103,7 +105,7 @@ def test_service_is_in_order_and_hears_the_head(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_answers_are_collected_where_the_last_call_stopped(
+def test_answers_are_collected_where_the_last_call_stopped_and_served_live(
     prompts: Path, tmp_path: Path, tiny_model: Path
 ) -> None:
     asked = questions(prompts)
@@ -122,3 +124,14 @@ def test_answers_are_collected_where_the_last_call_stopped(
     recorded = read_recordings(shards([data]))
     assert set(recorded.prompt.tolist()) <= {record["prompt"] for record in records}
     assert recorded.layers == (1, 2)
+
+    trace, path = tmp_path / "trace.csv", tmp_path / "live.jsonl"
+    trace.write_text("arrival_s,prompt_tokens,output_tokens\n" + "".join(f"{i},9,9\n" for i in range(9)))
+    arguments = argparse.Namespace(
+        data=data, requests=None, layers=(2,), prompts=prompts, trace=trace, slots=16, rounds=1, loads=(0.9,)
+    )
+    measure_live(arguments, options, Results("prediction", "here", path, prints=False))
+    found = {(r["case"], r["metric"]): r for r in read_results([path])}
+    assert found["live fcfs", "saturation_rate"]["requests"] == len(asked) - len(asked) // 2
+    assert found["live fcfs", "e2e_mean_s"]["over_fcfs"] == 1.0
+    assert found["live latency, experts and head", "e2e_mean_s"]["value"] > 0.0
