@@ -99,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
             )
         if name == "live":
             command.add_argument("--trace", type=Path, help="CSV whose arrival times are taken")
+            command.add_argument("--served", type=int, metavar="N", help="so many (default: the second half)")
             command.add_argument("--loads", type=float_list, default=(0.94, 1.0), help="shares of saturation")
         if name in ("live", "overhead"):
             command.add_argument("--slots", type=int, default=16)

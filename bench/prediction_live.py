@@ -67,7 +67,7 @@ def measure_live(arguments: argparse.Namespace, options: dict[str, Any], results
         }
     )
     model = load_model(config)
-    asked = [questions(arguments.prompts)[record["index"]] for record in records[half:]]
+    asked = [questions(arguments.prompts)[record["index"]] for record in records[half:][: arguments.served]]
     workload = _workload(model, asked, limit, arguments.trace)
     with real_engine(config, model) as engine:
         served = engine.serve(at_once(workload), predictor=MeanLengthPredictor(), recorded=False)

@@ -128,10 +128,11 @@ def test_answers_are_collected_where_the_last_call_stopped_and_served_live(
     trace, path = tmp_path / "trace.csv", tmp_path / "live.jsonl"
     trace.write_text("arrival_s,prompt_tokens,output_tokens\n" + "".join(f"{i},9,9\n" for i in range(9)))
     arguments = argparse.Namespace(
-        data=data, requests=None, layers=(2,), prompts=prompts, trace=trace, slots=16, rounds=1, loads=(0.9,)
-    )
+        data=data, requests=None, layers=(2,), prompts=prompts, trace=trace, slots=16, rounds=1, loads=(0.9,),
+        served=5,
+    )  # fmt: skip
     measure_live(arguments, options, Results("prediction", "here", path, prints=False))
     found = {(r["case"], r["metric"]): r for r in read_results([path])}
-    assert found["live fcfs", "saturation_rate"]["requests"] == len(asked) - len(asked) // 2
+    assert found["live fcfs", "saturation_rate"]["requests"] == 5
     assert found["live fcfs", "e2e_mean_s"]["over_fcfs"] == 1.0
     assert found["live latency, experts and head", "e2e_mean_s"]["value"] > 0.0
