@@ -1,6 +1,6 @@
 """What predictions gain in service: real questions, answered to their natural ends, near saturation.
 
-A head is trained on the first half of the collected answers. The questions of the second half come at the
+A head is trained on the first half of the collected answers, once. The questions of the second half come at the
 times of the conversation trace, stretched to shares of the rate at which the engine serves them when all are
 there at once. Each answer is drawn by its own seed, so that all policies serve the same lengths, but for
 near ties that another batch rounds otherwise. Every run starts with a predictor that has seen nothing but the
@@ -34,11 +34,12 @@ from jaxserve.simulator.trace import read_trace
 # Case -> policy, and what it knows of lengths; None: experts and head.
 _CASES: dict[str, tuple[str, str | None]] = {
     "fcfs": ("fcfs", "mean"),
-    "latency, mean": ("latency", "mean"),
-    "latency, experts": ("latency", "fused"),
     "latency, experts and head": ("latency", None),
     "balanced, experts and head": ("balanced", None),
+    "latency, experts": ("latency", "fused"),
+    "latency, mean": ("latency", "mean"),
 }
+_HEAD = "half_head"  # in the folder of the answers
 _SHOWN = ("output_tok_s", "ttft_mean_s", "e2e_mean_s", "e2e_p50_s", "e2e_p99_s")
 
 
@@ -51,11 +52,11 @@ def measure_live(arguments: argparse.Namespace, options: dict[str, Any], results
     """
     records = collected(arguments.data)[: arguments.requests]
     half = len(records) // 2
-    head_path = arguments.data / "half_head"
-    data = read_recordings(shards([arguments.data]))
-    seen = data.rows(np.isin(data.prompt, [record["prompt"] for record in records[:half]]))
-    head, _ = train(seen, TrainingOptions(layers=arguments.layers))
-    save_head(head, head_path)
+    head_path: Path = arguments.data / _HEAD
+    if not head_path.is_file():
+        data = read_recordings(shards([arguments.data]))
+        seen = data.rows(np.isin(data.prompt, [record["prompt"] for record in records[:half]]))
+        save_head(train(seen, TrainingOptions(layers=arguments.layers))[0], head_path)
     limit = max(record["max_tokens"] for record in records)
     config = EngineConfig.from_flat(
         {
@@ -67,7 +68,8 @@ def measure_live(arguments: argparse.Namespace, options: dict[str, Any], results
         }
     )
     model = load_model(config)
-    asked = [questions(arguments.prompts)[record["index"]] for record in records[half:][: arguments.served]]
+    texts = questions(arguments.prompts)
+    asked = [texts[record["index"]] for record in records[half:][: arguments.served]]
     workload = _workload(model, asked, limit, arguments.trace)
     with real_engine(config, model) as engine:
         served = engine.serve(at_once(workload), predictor=MeanLengthPredictor(), recorded=False)
@@ -76,29 +78,21 @@ def measure_live(arguments: argparse.Namespace, options: dict[str, Any], results
         results.add("live fcfs", "saturation_rate", rate, "requests/s", **where)
         for load in arguments.loads:
             arriving = stretched(workload, load * rate)
-            _measure_load(results, engine, arriving, arguments.rounds, where | {"load": load})
+            for turn in range(arguments.rounds):
+                _measure_turn(results, engine, arriving, where | {"load": load, "turn": turn})
 
 
-def _measure_load(
-    results: Results, engine: RealEngine, arriving: Workload, rounds: int, where: dict[str, Any]
-) -> None:
-    """All cases, ``rounds`` times in turns; each is compared with the same turn's first."""
-    found: dict[str, list[dict[str, float]]] = {case: [] for case in _CASES}
-    units: dict[str, str] = {}
-    for _ in range(rounds):
-        for case, (policy, knows) in _CASES.items():
-            predictor = None if knows is None else make_length_predictor(knows)
-            served = engine.serve(arriving, predictor=predictor, recorded=False, **policy_options(policy))
-            metrics = metrics_of(served.times)
-            found[case].append({name: metrics[name][0] for name in _SHOWN})
-            units |= {name: metrics[name][1] for name in _SHOWN}
-    base = found[next(iter(_CASES))]
-    for case, turns in found.items():
+def _measure_turn(results: Results, engine: RealEngine, arriving: Workload, where: dict[str, Any]) -> None:
+    """Every case once; all are compared with the first."""
+    base: dict[str, tuple[float, str]] = {}
+    for case, (policy, knows) in _CASES.items():
+        predictor = None if knows is None else make_length_predictor(knows)
+        served = engine.serve(arriving, predictor=predictor, recorded=False, **policy_options(policy))
+        metrics = metrics_of(served.times)
+        base = base or metrics
         for name in _SHOWN:
-            ratios = [turn[name] / first[name] for turn, first in zip(turns, base, strict=True)]
-            over = {"over_fcfs": float(np.median(ratios))}
-            values = [turn[name] for turn in turns]
-            results.add_repeats(f"live {case}", name, values, units[name], **over, **where)
+            value, unit = metrics[name]
+            results.add(f"live {case}", name, value, unit, over_fcfs=value / base[name][0], **where)
 
 
 def _workload(model: LoadedModel, asked: list[Question], limit: int, trace: Path | None) -> Workload:
