@@ -1,8 +1,8 @@
 """What predictions gain in service: real questions, answered to their natural ends, near saturation.
 
-A head is trained on the first half of the collected answers, once. The questions of the second half come at the
-times of the conversation trace, stretched to shares of the rate at which the engine serves them when all are
-there at once. Each answer is drawn by its own seed, so that all policies serve the same lengths, but for
+A head is trained on the first half of the collected answers, once. The questions of the second half come at
+the times of the conversation trace, stretched to shares of the rate at which the engine serves them when all
+are there at once. Each answer is drawn by its own seed, so that all policies serve the same lengths, but for
 near ties that another batch rounds otherwise. Every run starts with a predictor that has seen nothing but the
 head.
 """
