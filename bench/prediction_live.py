@@ -3,14 +3,13 @@
 A head is trained on the first half of the collected answers, once. The questions of the second half come at
 the times of the conversation trace, stretched to shares of the rate at which the engine serves them when all
 are there at once. Each answer is drawn by its own seed, so that all policies serve the same lengths, but for
-near ties that another batch rounds otherwise. Every run starts with a predictor that has seen nothing but the
-head.
+near ties that another batch rounds otherwise. All are of one client: fairness is not measured here. Every run
+starts with a predictor that has seen nothing but the head.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from jaxserve.core.predictor import MeanLengthPredictor
 from jaxserve.engine.build import LoadedModel, load_model
 from jaxserve.errors import ConfigError
 from jaxserve.runner.length_head import save_head
-from jaxserve.runner.length_training import TrainingOptions, read_recordings, train
+from jaxserve.runner.length_training import TrainingOptions, read_recordings, train_best
 from jaxserve.simulator.trace import read_trace
 
 # Case -> policy, and what it knows of lengths; None: experts and head.
@@ -56,7 +55,7 @@ def measure_live(arguments: argparse.Namespace, options: dict[str, Any], results
     if not head_path.is_file():
         data = read_recordings(shards([arguments.data]))
         seen = data.rows(np.isin(data.prompt, [record["prompt"] for record in records[:half]]))
-        save_head(train(seen, TrainingOptions(layers=arguments.layers))[0], head_path)
+        save_head(train_best(seen, TrainingOptions(layers=arguments.layers)), head_path)
     limit = max(record["max_tokens"] for record in records)
     config = EngineConfig.from_flat(
         {
@@ -102,15 +101,8 @@ def _workload(model: LoadedModel, asked: list[Question], limit: int, trace: Path
     rows = read_trace(trace, len(asked))
     if len(rows) < len(asked):
         raise ConfigError(f"trace={trace}: has {len(rows)} rows, and there are {len(asked)} questions")
-    items: list[Item] = []
-    for row, question in zip(rows, asked, strict=True):
-        item = Item(
-            prompt_ids(model.tokenizer, question),
-            limit,
-            row.arrival_s,
-            temperature=0.7,
-            top_p=0.95,
-            stops=True,
-        )
-        items.append(dataclasses.replace(item, client=question.source))
+    items = [
+        Item(prompt_ids(model.tokenizer, question), limit, row.arrival_s, 0.7, 0.95, stops=True)
+        for row, question in zip(rows, asked, strict=True)
+    ]
     return Workload(trace.name, items)

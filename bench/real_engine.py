@@ -149,9 +149,7 @@ def generate(engine: Engine, workload: Workload) -> list[RequestOutput]:
             max_tokens=item.output_tokens,
             ignore_eos=not item.stops,
         )
-        group = engine.inputs.from_prompt(
-            item.prompt_token_ids, params, request_id=str(index), client=item.client
-        )
+        group = engine.inputs.from_prompt(item.prompt_token_ids, params, request_id=str(index))
         engine.loop.submit(group, inbox.put, streams=False)
     outputs: dict[str, RequestOutput] = {}
     while len(outputs) < len(workload.items):

@@ -44,7 +44,6 @@ class Item:
     Attributes:
         output_tokens: that are generated, whatever the model would say; at most, if it ``stops``.
         stops: whether the answer ends where the model ends it.
-        client: who asks.
     """
 
     prompt_token_ids: list[int]
@@ -53,7 +52,6 @@ class Item:
     temperature: float = 0.0
     top_p: float = 1.0
     stops: bool = False
-    client: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -15,15 +15,15 @@ def main(argv: list[str]) -> int:
     options = {} if arguments.cache_dir is None else {"cache_dir": arguments.cache_dir}
     config = EngineConfig.from_flat(options)
     from jaxserve.runner.length_head import head_places, save_head
-    from jaxserve.runner.length_training import TrainingOptions, read_recordings, train
+    from jaxserve.runner.length_training import CANDIDATES, TrainingOptions, read_recordings, train_best
 
     data = read_recordings(arguments.data)
-    training = TrainingOptions(
-        widths=arguments.widths, layers=arguments.layers, epochs=arguments.epochs, seed=arguments.seed
-    )
-    head, _ = train(data, training, print)
+    training = TrainingOptions(layers=arguments.layers, epochs=arguments.epochs, seed=arguments.seed)
+    candidates = CANDIDATES if arguments.widths is None else [arguments.widths]
+    head = train_best(data, training, print, candidates=candidates)
     path = arguments.output or head_places(None, config.cache_dir, head.model)[0]
     save_head(head, path)
+    print(f"hidden layers: {', '.join(map(str, head.training['widths'])) or 'none'}")
     for name in ("requests", "rows", "test_mae_tokens", "survival_mae_tokens", "test_upper_coverage"):
         if name in head.training:
             print(f"{name}: {head.training[name]:.4g}")
@@ -40,7 +40,10 @@ def _parser() -> CommandParser:
         "--output", type=Path, metavar="FILE", help="default: in the cache folder, where the engine finds it"
     )
     parser.add_argument(
-        "--widths", type=_ints, default=(), metavar="N,N,...", help="hidden layers (default: none)"
+        "--widths",
+        type=_ints,
+        metavar="N,N,...",
+        help="hidden layers (default: none, or 256,64 if that does better)",
     )
     parser.add_argument(
         "--layers", type=_ints, metavar="N,N,...", help="whose states to read (default: all recorded)"

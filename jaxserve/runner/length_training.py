@@ -14,7 +14,7 @@ import json
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,9 @@ from jaxserve.runner.length_head import (
 )
 
 RECORDING_FORMAT = "1"
+# Hidden layers to try: with few requests a linear probe is better, with thousands a small MLP
+# (docs/prediction.md).
+CANDIDATES: Final[tuple[tuple[int, ...], ...]] = ((), (256, 64))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +44,7 @@ class TrainingOptions:
     """How a head is trained.
 
     Attributes:
-        widths: of the hidden layers; none: a linear probe, which needs fewer requests (docs/prediction.md).
+        widths: of the hidden layers; none: a linear probe, which needs fewer requests (`train_best`).
         layers: whose states to read, of those recorded; None: all.
         learning_rate: at its largest; a cosine takes it to zero.
         weight_decay: AdamW's.
@@ -245,6 +248,25 @@ def train(
         **judge(params, parts),
     }
     return LengthHead(data.layers, jax.tree.map(np.asarray, params), data.model, training), parts
+
+
+def train_best(
+    data: Dataset,
+    options: TrainingOptions,
+    report: Callable[[str], object] = lambda line: None,
+    *,
+    candidates: Sequence[tuple[int, ...]] = CANDIDATES,
+) -> LengthHead:
+    """The head of the widths that do best on the part that training ends by. Raises as `train`.
+
+    Args:
+        candidates: widths to try instead of the options'.
+    """
+    heads: list[LengthHead] = []
+    for widths in candidates:
+        report(f"hidden layers: {', '.join(map(str, widths)) or 'none'}")
+        heads.append(train(data, dataclasses.replace(options, widths=widths), report)[0])
+    return min(heads, key=lambda head: head.training["validation_loss"])
 
 
 def _fit(

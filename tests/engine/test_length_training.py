@@ -27,6 +27,7 @@ from jaxserve.runner.length_training import (
     read_recordings,
     survival_medians,
     train,
+    train_best,
 )
 from tests.support.countdown_model import MOST, SILENT, write_countdown_checkpoint
 
@@ -98,6 +99,19 @@ def test_what_nobody_can_know_yet_is_not_known(recordings: dict[str, Path]) -> N
     assert min(is_silent.sum(), (~is_silent).sum()) > 30
     assert error[is_silent].mean() > 0.8 * baseline[is_silent].mean()
     assert error[~is_silent].mean() <= 0.1 * MOST
+
+
+def test_the_better_of_two_is_kept(recordings: dict[str, Path]) -> None:
+    data = read_recordings([recordings["given"]])
+    candidates = [(64, 32), ()]
+    said: list[str] = []
+    best = train_best(data, QUICK, said.append, candidates=candidates)
+    alone = [train(data, dataclasses.replace(QUICK, widths=widths))[0].training for widths in candidates]
+    losses = [training["validation_loss"] for training in alone]
+    assert losses[0] < losses[1], "here a line does not do: the answer is a place in the state"
+    assert best.training == alone[0]
+    assert best.training == train_best(data, QUICK, candidates=candidates[::-1]).training
+    assert [line for line in said if "hidden" in line] == ["hidden layers: 64, 32", "hidden layers: none"]
 
 
 def test_the_command_trains_and_the_engine_finds_it_and_it_is_heard(
