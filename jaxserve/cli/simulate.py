@@ -20,6 +20,7 @@ from rich.table import Table
 from jaxserve.cli.arguments import CommandParser, add_dataclass_flags, command_parser, given
 from jaxserve.config import EngineConfig, LearningConfig, SchedulerConfig
 from jaxserve.core.decision_log import DecisionLog, json_lines
+from jaxserve.core.policies.own import METHODS
 from jaxserve.core.policies.presets import policy_options
 from jaxserve.engine.learning import LearningLog
 from jaxserve.engine.recording import read_recording
@@ -45,7 +46,7 @@ def main(argv: list[str]) -> int:
     """Simulates each policy that is named, and prints a table."""
     arguments = _parser().parse_args(argv)
     if arguments.replay is not None:
-        return _replay(arguments.replay)
+        return _replay(arguments)
     if arguments.trace is None:
         raise ConfigError("trace: needs --trace FILE, or --replay FILE")
     trace = _trace(arguments)
@@ -145,10 +146,16 @@ def _config(arguments: argparse.Namespace, policy: str) -> EngineConfig:
     return EngineConfig.from_flat(options)  # which checks them
 
 
+def _named_policies(arguments: argparse.Namespace) -> list[str]:
+    """All that the command line names; a recording may have more."""
+    options = given(arguments, SchedulerConfig)
+    return [*arguments.policy.split(","), *(options[name] for name in METHODS if name in options)]
+
+
 def _cluster(arguments: argparse.Namespace, scheduler: SchedulerConfig) -> Cluster:
     if arguments.like is None:
         return make_cluster(ClusterConfig(**given(arguments, ClusterConfig)), scheduler)
-    like = cluster_like(read_recording(arguments.like))
+    like = cluster_like(read_recording(arguments.like, _named_policies(arguments)))
     return dataclasses.replace(like, assembly=dataclasses.replace(like.assembly, scheduler=scheduler))
 
 
@@ -246,9 +253,9 @@ def _write_prior(arguments: argparse.Namespace, trace: list[TraceRequest], polic
     return 0
 
 
-def _replay(path: Path) -> int:
+def _replay(arguments: argparse.Namespace) -> int:
     """Prints what the replay found; 1 if a plan differs."""
-    found = replay(read_recording(path))
+    found = replay(read_recording(arguments.replay, _named_policies(arguments)))
     if found.first_difference is None:
         print(f"{found.num_steps} plans, all identical")
         return 0

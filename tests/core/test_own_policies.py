@@ -121,6 +121,8 @@ def test_files_that_are_missing_or_fail_are_named(tmp_path: Path) -> None:
         EngineConfig.from_flat({"ordering": f"{tmp_path}/gone.py:Mine"})
     with pytest.raises(ConfigError, match="no such Python file"):
         policy_options(f"{tmp_path}/gone.py:Mine")
+    with pytest.raises(ConfigError, match=r"must be FILE\.py:CLASS"):
+        own_class(f"{tmp_path}/native.so:Mine")
     broken = tmp_path / "broken.py"
     broken.write_text("import nothing_of_that_name")
     for _ in range(2):  # half a module is not kept

@@ -252,6 +252,35 @@ def test_a_real_engine_replays_to_identical_plans(tmp_path: Path, capsys) -> Non
     assert not any("prompt" in record for record in records), "no token leaves the engine"
 
 
+@pytest.mark.parametrize("place", ["header", "arm"])
+def test_a_recording_does_not_choose_what_code_runs(place: str, tmp_path: Path, capsys) -> None:
+    """Who names the policy's file, wherever it lies now, gets the replay."""
+    mine, theirs, path = tmp_path / "mine.py", tmp_path / "theirs.py", tmp_path / "recording.jsonl"
+    mine.write_text("class Longest:\n    def key(self, r, now):\n        return (-r.num_prompt_tokens,)\n")
+    theirs.write_text("raise AssertionError('was run')")
+    if place == "header":
+        records, _ = live_run(4, ordering=f"{mine}:Longest")
+        options = [records[0]["assembly"]["scheduler"]]
+    else:
+        records, _ = live_run(4, arms=[Arm(32, f"{mine}:Longest", "watermark")])
+        options = [record["arm"] for record in records if record["e"] == "arm"]
+    assert options
+    for values in options:
+        values["ordering"] = f"{theirs}:Longest"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    trace = tmp_path / "trace.csv"
+    trace.write_text("arrival_s,prompt_tokens,output_tokens\n0,5,5\n")
+    for argv in (
+        ["--replay", str(path)],
+        ["--trace", str(trace), "--like", str(path), "--policy", "sjf,spf"],
+    ):
+        with pytest.raises(ConfigError, match=r"made with ordering=.*: --policy .*theirs.py:Longest"):
+            main(argv)
+        for option in ("--policy", "--ordering"):
+            assert main([*argv, option, f"{mine}:Longest"]) == 0
+    assert "plans, all identical" in capsys.readouterr().out
+
+
 def test_what_is_no_recording_is_refused(tmp_path: Path) -> None:
     for text in ("", "{}\n", "hello", '{"e": "header", "version": 99}\n'):
         path = tmp_path / "file.jsonl"

@@ -258,7 +258,10 @@ def test_traces_are_read_repeated_and_stretched(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="trace"):
             read_trace(tmp_path / name)
     csv.write_text("a,b\n1,2\n")
-    with pytest.raises(ConfigError, match="KeyError"):
+    with pytest.raises(ConfigError, match="has no column 'prompt_tokens'"):
+        read_trace(csv)
+    csv.write_text("arrival_s,prompt_tokens,output_tokens\n1.0,5\n")
+    with pytest.raises(ConfigError, match="TypeError"):
         read_trace(csv)
 
 

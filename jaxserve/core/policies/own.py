@@ -1,4 +1,8 @@
-"""Policies from files of their own: ``FILE.py:CLASS`` wherever a policy's name may stand."""
+"""Policies from files of their own: ``FILE.py:CLASS`` wherever a policy's name may stand.
+
+Such a file is code, and runs with the engine's rights: only options and command lines name one, no request,
+and no recording (`jaxserve.engine.recording.read_recording`).
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
+from jaxserve.config import OWN_POLICY
 from jaxserve.core.policy import PolicyContext
 from jaxserve.errors import ConfigError
 
@@ -25,6 +30,8 @@ METHODS: Final = {
 
 def own_class(name: str) -> type[Any]:
     """The class that ``FILE.py:CLASS`` names. A file is run once. Raises ConfigError."""
+    if not OWN_POLICY.fullmatch(name):
+        raise ConfigError(f"policy {name!r}: must be FILE.py:CLASS")
     file, _, class_name = name.rpartition(":")
     found = getattr(_module(Path(file).expanduser().resolve()), class_name, None)
     if not isinstance(found, type):
@@ -34,11 +41,15 @@ def own_class(name: str) -> type[Any]:
 
 def own_option(name: str) -> str:
     """The option for which ``FILE.py:CLASS`` is a policy. Raises ConfigError."""
-    found = own_class(name)
-    for option, method in METHODS.items():
-        if callable(getattr(found, method, None)):
+    for option in METHODS:
+        if is_policy(option, name):
             return option
     raise ConfigError(f"policy {name!r}: has no method {', '.join(METHODS.values())}")
+
+
+def is_policy(option: str, name: str) -> bool:
+    """Whether the class that ``FILE.py:CLASS`` names is a policy for an option. Raises ConfigError."""
+    return callable(getattr(own_class(name), METHODS[option], None))
 
 
 def own_policy(option: str, name: str, context: PolicyContext) -> Any:
@@ -47,9 +58,9 @@ def own_policy(option: str, name: str, context: PolicyContext) -> Any:
     Raises:
         ConfigError: for a class that is no such policy, or cannot be made.
     """
-    found = own_class(name)
-    if not callable(getattr(found, METHODS[option], None)):
+    if not is_policy(option, name):
         raise ConfigError(f"{option}={name!r}: has no method {METHODS[option]!r}")
+    found = own_class(name)
     if hasattr(found, "from_context"):
         return found.from_context(context)
     try:
