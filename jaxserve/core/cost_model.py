@@ -4,7 +4,8 @@
 
 One set of non-negative coefficients for each compiled bucket, fitted by recursive least squares with
 forgetting on relative errors. A bucket with too few samples takes the prior, times the ratio of measured to
-prior seconds: its own samples' mean, with what the whole engine showed last as one more sample. A decode loop is priced and measured by its mean decode step.
+prior seconds: its own samples' mean, with what the whole engine showed last as one more sample. A decode loop
+is priced and measured by its mean decode step.
 """
 
 from __future__ import annotations
