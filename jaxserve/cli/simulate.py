@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
     if arguments.output is not None:
         _write_lines(arguments.output, label, arguments, runs)
     console = Console()
-    console.print(f"{arguments.trace.name}, {len(trace)} requests, {label}", highlight=False)
+    console.print(f"{arguments.trace.name}, {len(trace)} requests, {label}", highlight=False, soft_wrap=True)
     console.print(_table(runs))
     if arguments.plots is not None:
         from jaxserve.simulator.plots import draw
