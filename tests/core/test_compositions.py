@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from jaxserve.config import SchedulerConfig
+from jaxserve.core.policies import registry
 from jaxserve.core.policies.holt import HoltRate
 from jaxserve.core.policies.partition import LEAST_CHANGE, PhasePartition, largest_share
 from jaxserve.core.policies.phase_pressure import Phase, PhasePressure, next_phase
@@ -20,7 +21,7 @@ from jaxserve.request import Request
 from jaxserve.simulator.cluster import ClusterConfig, make_cluster
 from jaxserve.simulator.simulation import SimulationOptions, SimulationResult, simulate
 from jaxserve.simulator.trace import TraceRequest
-from tests.support.engine_parts import make_request
+from tests.support.engine_parts import make_core, make_request, run_to_end
 from tests.support.policy_parts import LinearCost, make_context
 
 
@@ -288,6 +289,31 @@ def test_no_decode_is_skipped_while_a_prefill_runs() -> None:
             sampled = {row.request_id for row in earlier.rows if row.samples}
             going_on = {name for name in sampled if last[name] > earlier.step}
             assert going_on <= {row.request_id for row in later.rows}
+
+
+@pytest.mark.parametrize("composition", registry.COMPOSITIONS)
+def test_each_prompt_token_is_computed_once_and_the_budget_is_kept(composition: str) -> None:
+    """What a prompt finds in the prefix cache is not computed at all."""
+    rng, budget = random.Random(6), 24
+    core, fake = make_core(num_slots=4, num_pages=300, token_budget=budget, composition=composition)
+    shared = [rng.randrange(101) for _ in range(20)]
+    requests = [
+        make_request(f"r{i}", [*shared[: rng.randint(0, 20)], *range(i, i + rng.randint(1, 60))], 8, seed=i)
+        for i in range(40)
+    ]
+    for request in requests:
+        core.add(request)
+        core.step()
+    run_to_end(core)
+    computed: dict[str, list[int]] = {request.id: [] for request in requests}
+    for batch in fake.batches:
+        assert batch.plan.num_tokens <= budget
+        for row in batch.plan.rows:
+            computed[row.request_id] += range(row.start, row.start + row.num_tokens)
+    for request in requests:
+        last = request.num_prompt_tokens + len(request.output_token_ids) - 1  # of which nobody needs the keys
+        assert computed[request.id] == list(range(request.num_cached_tokens, last))
+    assert sum(request.num_cached_tokens for request in requests) > 100
 
 
 def test_slo_chunks_keep_the_objective_where_fixed_chunks_do_not() -> None:
