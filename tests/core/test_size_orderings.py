@@ -112,6 +112,10 @@ def test_an_outgrown_prediction_makes_a_request_as_long_as_its_slice() -> None:
     request.output_token_ids = [1] * (31 + 513)
     policy.generated([request], 0.0)
     assert policy.factors(request)["size_s"] == pytest.approx(1024 * 1.04e-3), "twice as long"
+    for generated, slices in ((544 + 1024, 2), (544 + 1025, 3)):
+        request.output_token_ids = [1] * generated
+        policy.generated([request], 0.0)
+        assert policy.factors(request)["slices"] == slices
     policy.left(request, 0.0, was_waiting=False)
     assert not (policy._slices or policy._ends or policy._initial)
 
