@@ -282,6 +282,15 @@ def test_each_factor_moves_the_score_in_its_direction() -> None:
     assert policy.evaluate(predicted("r", 100), 0.0).load == 0.0, "memory counts only when it is short"
 
 
+def test_who_has_waited_too_long_comes_by_arrival_whatever_the_score() -> None:
+    policy = scored()
+    first, second = predicted("low", 500, priority=3), predicted("high", 5, priority=-3, arrival=1.0)
+    fresh = predicted("fresh", 5, priority=-3, arrival=99.0)
+    keys = [policy.key(request, 100.0) for request in (first, second, fresh)]
+    assert keys == sorted(keys)
+    assert policy.key(first, 50.0) > policy.key(second, 50.0), "a low tier has a longer cap"
+
+
 def test_factors_stay_between_zero_and_one() -> None:
     rng = random.Random(0)
     policy = scored(page_occupancy=lambda: 0.99)
