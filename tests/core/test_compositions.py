@@ -194,6 +194,17 @@ def test_forecast_raises_pressure_before_the_queue_does() -> None:
     assert first_heavy(2.0) < first_heavy(0.0) < 2000
 
 
+def test_arrivals_that_are_kept_up_with_are_no_pressure() -> None:
+    """8,000 prompt tokens a second come, and a balanced step computes nearly 10,000."""
+    search = ChunkSearch.from_context(context(token_s=1e-4))
+    policy = PhasePressure(search, ttft_slo_s=1.0, tpot_slo_s=0.5)
+    for step in range(200):
+        now = 0.05 * step
+        policy.queued(make_request(f"r{step}", [1] * 400, 1), now)
+        policy.prefill_tokens(view(decoding(8), waiting_tokens=400, now=now))
+        assert policy.phase is Phase.BALANCED
+
+
 # ---------------------------------------------------------------------- partition
 
 
