@@ -150,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
     alone = CostModel(roofline)
     results.add(case, "roofline_mape", mean_absolute_percentage_error(alone, held_out), "share", **where)
     results.add(case, "roofline_wall_error", wall_error(alone, held_out), "share", **where)
-    compare(results, case, served, like)
+    compare(results, case, served, like, samples)
     evidence = {record["metric"]: record["value"] for record in results.records}
     evidence |= {"device": jax_device(), "steps": len(samples), "trace": whole.name}
     measured = MeasuredModel(

@@ -15,6 +15,7 @@ from bench.measures import RequestTimes, request_times
 from bench.workloads import Item, Workload
 from jaxserve.config import EngineConfig
 from jaxserve.core.known_lengths import make_known_length_predictor
+from jaxserve.core.policies.own import METHODS
 from jaxserve.core.predictor import LengthPredictor
 from jaxserve.core.probing import Probing
 from jaxserve.engine.build import (
@@ -91,7 +92,8 @@ class RealEngine:
                 dataclasses.replace(self._config, scheduler=options), workload, predictor
             )
             return Served(
-                [request_times(output) for output in outputs], read_recording(path) if recorded else []
+                [request_times(output) for output in outputs],
+                read_recording(path, [getattr(options, option) for option in METHODS]) if recorded else [],
             )
 
     def _generate(

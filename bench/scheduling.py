@@ -16,6 +16,7 @@ is in each record. Parts:
   fused attention (`pod_times.py`); several workloads, 32 and 256 slots.
 - ``decisions``: CPU milliseconds of one decision at 256 running and 10,000 waiting requests.
 - ``scale``: seconds to simulate 100,000 requests on eight engines.
+- ``command``: seconds of `jaxserve simulate` with three policies, as docs/scheduling.md has it.
 - ``sweep``: policies by load on the real engine, beside the simulator (`load_sweep.py`); only if named.
 """
 
@@ -24,7 +25,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import resource
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -375,6 +378,25 @@ def scale(bench: Bench) -> None:
     bench.add("100k-on-8", "steps", result.counters["steps"][0], "steps", **where)
 
 
+def command(bench: Bench) -> None:
+    """Wall seconds of the command, Python's start included: a first try, and the whole trace."""
+    name, trace = bench.trace(CONVERSATION)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.csv"
+        rows = [f"{row.arrival_s},{row.prompt_tokens},{row.output_tokens}\n" for row in trace]
+        path.write_text("arrival_s,prompt_tokens,output_tokens\n" + "".join(rows))
+        program = [sys.executable, "-m", "jaxserve.cli.main", "simulate", "--trace", str(path)]
+        flags = ["--policy=fcfs,latency,balanced", "--predictor=noisy", "--max-num-seqs=64"]
+        few, all_of_it = min(3000, len(trace)), len(trace)
+        for case, count, rate, jobs in (("first-try", few, 11, 1), ("whole-trace", all_of_it, 13, 2)):
+            options = [f"--requests={count}", f"--rate={rate}", f"--jobs={jobs}"]
+            start = time.perf_counter()
+            subprocess.run([*program, *flags, *options], check=True, capture_output=True)
+            wall_s = time.perf_counter() - start
+            where = {"workload": name, "requests": count, "policies": 3, "processes": jobs}
+            bench.add(f"command-{case}", "wall_s", wall_s, "s", **where)
+
+
 PARTS: dict[str, Callable[[Bench], None]] = {
     "saturation": saturation,
     "bursts": bursts,
@@ -383,6 +405,7 @@ PARTS: dict[str, Callable[[Bench], None]] = {
     "ladder": ladder,
     "decisions": decisions,
     "scale": scale,
+    "command": command,
 }
 
 

@@ -30,7 +30,7 @@ from jaxserve.simulator.trace import uniform
 
 PARTS = ("burst", "ttft")
 _ROWS = (32, 64, 128, 256, 384, 512)
-_TOKENS = (256, 512, 1024, 2048)
+TOKENS = (256, 512, 1024, 2048)
 _WAVES = 12  # requests for each slot in the burst of as many slots as the static server has
 _TTFT_CUT = 0.9
 
@@ -71,14 +71,14 @@ class Measured:
 
     def engine_config(self, slots: int) -> EngineConfig:
         """An engine of so many slots, with the shapes that these workloads need."""
-        budget = self._config.scheduler.max_num_batched_tokens or max(_TOKENS[-1], 2 * slots)
+        budget = self._config.scheduler.max_num_batched_tokens or max(TOKENS[-1], 2 * slots)
         scheduler = dataclasses.replace(
             self._config.scheduler, max_num_seqs=slots, max_num_batched_tokens=budget
         )
         runner = dataclasses.replace(
             self._config.runner,
             row_buckets=(*(n for n in _ROWS if n < slots), slots),
-            token_buckets=(*(n for n in _TOKENS if slots < n < budget), budget),
+            token_buckets=(*(n for n in TOKENS if slots < n < budget), budget),
         )
         return dataclasses.replace(self._config, scheduler=scheduler, runner=runner)
 

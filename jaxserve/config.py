@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -21,6 +22,8 @@ Ordering = Literal["fcfs", "priority", "strict_priority", "sjf", "mlfq", "fair",
 Composition = Literal["chunked", "slo", "phase", "partition"]
 Capacity = Literal["watermark", "predicted"]
 Victim = Literal["auto", "latest", "least_urgent", "most_remaining", "value"]
+# A policy of one's own, by its file and class; `jaxserve.core.policies.own` loads it.
+OWN_POLICY = re.compile(r".+\.py:[A-Za-z_]\w*")
 Attention = Literal["auto", "reference", "xla", "mosaic_gpu", "triton", "mosaic_tpu"]
 Device = Literal["auto", "cpu", "gpu", "tpu"]
 Prediction = Literal["mean", "fused"]
@@ -96,20 +99,22 @@ class CacheConfig:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
-    """Who runs when."""
+    """Who runs when. Each policy is one of the names, or ``FILE.py:CLASS`` of the user's own."""
 
-    batching: Batching = _option(
+    batching: Batching | str = _option(
         "continuous", "iteration-level (continuous), fixed batches (static), or windows (dynamic)"
     )
-    ordering: Ordering = _option("fcfs", "order of the waiting queue")
-    composition: Composition = _option("chunked", "how much of a step goes to prompts")
-    capacity: Capacity = _option(
+    ordering: Ordering | str = _option("fcfs", "order of the waiting queue")
+    composition: Composition | str = _option("chunked", "how much of a step goes to prompts")
+    capacity: Capacity | str = _option(
         "watermark", "who may run: whoever fits now (watermark), or while the predicted peak fits (predicted)"
     )
     demand_quantile: float = _option(
         0.75, "predicted: quantile of the page demand that must fit; more admits fewer"
     )
-    victim: Victim = _option("auto", "who gives up its pages when none is left; auto goes with the ordering")
+    victim: Victim | str = _option(
+        "auto", "who gives up its pages when none is left; auto goes with the ordering"
+    )
     max_num_seqs: int | None = _option(None, "slots: requests that run at once")
     max_num_batched_tokens: int | None = _option(None, "token budget of one step; longer prompts are chunked")
     pipeline_depth: int = _option(
@@ -276,17 +281,20 @@ def check(config: EngineConfig) -> None:
     for name, value, choices in (
         ("dtype", model.dtype, DType),
         ("kv_cache_dtype", cache.kv_cache_dtype, KVCacheDType),
-        ("batching", scheduler.batching, Batching),
-        ("ordering", scheduler.ordering, Ordering),
-        ("composition", scheduler.composition, Composition),
-        ("capacity", scheduler.capacity, Capacity),
-        ("victim", scheduler.victim, Victim),
         ("length_predictor", prediction.length_predictor, Prediction),
         ("learning", config.learning.learning, Learning),
         ("attention", runner.attention, Attention),
         ("device", runner.device, Device),
     ):
         _require_choice(name, value, get_args(choices))
+    for name, value, choices in (
+        ("batching", scheduler.batching, Batching),
+        ("ordering", scheduler.ordering, Ordering),
+        ("composition", scheduler.composition, Composition),
+        ("capacity", scheduler.capacity, Capacity),
+        ("victim", scheduler.victim, Victim),
+    ):
+        _require_policy(name, value, get_args(choices))
     _require(
         isinstance(model.model, str) and bool(model.model),
         "model",
@@ -424,6 +432,14 @@ def _is_number(value: object) -> bool:
 def _require(good: bool, name: str, value: object, allowed: str) -> None:
     if not good:
         raise ConfigError(f"{name}={value!r}: {allowed}")
+
+
+def _require_policy(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if isinstance(value, str) and OWN_POLICY.fullmatch(value):
+        file = value.rpartition(":")[0]
+        _require(Path(file).expanduser().is_file(), name, value, f"there is no file {file}")
+    else:
+        _require(value in choices, name, value, f"must be one of {', '.join(choices)}, or FILE.py:CLASS")
 
 
 def _require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -9,7 +9,7 @@ import dataclasses
 import re
 import types
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from jaxserve import config
 from jaxserve.server.config import ConnectionConfig, ServerConfig
@@ -75,8 +75,10 @@ def _shown(default: object) -> str:
 
 
 def _choices(hint: Any) -> str:
-    parts = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     names = [name for part in parts if get_origin(part) is Literal for name in get_args(part)]
+    if names and str in parts:
+        names.append("FILE.py:CLASS")
     return f" ({', '.join(names)})" if names else ""
 
 

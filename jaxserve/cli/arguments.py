@@ -145,15 +145,16 @@ def _add_flag(
         "dest": field.name,
     }
     flag = f"--{field.name.replace('_', '-')}"
-    kind = (
-        next((part for part in get_args(hint) if part is not types.NoneType), hint)
-        if _is_union(hint)
-        else hint
-    )
+    kinds = [part for part in get_args(hint) if part is not types.NoneType] if _is_union(hint) else [hint]
+    kind = kinds[0]
     if kind is bool:
         group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
     elif get_origin(kind) is Literal:
-        group.add_argument(flag, choices=get_args(kind), **options)
+        names = get_args(kind)
+        if str in kinds:  # a name or FILE.py:CLASS, which the configuration checks
+            group.add_argument(flag, metavar=f"{{{','.join(names)},FILE.py:CLASS}}", **options)
+        else:
+            group.add_argument(flag, choices=names, **options)
     elif get_origin(kind) is tuple:
         group.add_argument(flag, type=_int_list, metavar="N,N,...", **options)
     elif kind in (int, float):

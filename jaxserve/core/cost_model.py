@@ -4,7 +4,8 @@
 
 One set of non-negative coefficients for each compiled bucket, fitted by recursive least squares with
 forgetting on relative errors. A bucket with too few samples takes the prior, times the ratio of measured to
-prior seconds that the engine has shown so far. A decode loop is priced and measured by its mean decode step.
+prior seconds: its own samples' mean, with what the whole engine showed last as one more sample. A decode loop
+is priced and measured by its mean decode step.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 from jaxserve.core.nnls import Float64Array, nnls
 from jaxserve.core.plan import Bucket, StepPlan
 
-_MIN_SAMPLES = 8
+_MIN_SAMPLES = 16  # with fewer, five coefficients go wrong beyond what they were fitted to
 _REFIT_EVERY = 16
 _RATIO_WEIGHT = 0.05
 # A step this much longer than expected was held up by something that is no part of its work.
@@ -115,10 +116,11 @@ class _BucketFit:
     gram: Float64Array = dataclasses.field(default_factory=lambda: np.zeros((_NUM_FEATURES, _NUM_FEATURES)))
     moment: Float64Array = dataclasses.field(default_factory=lambda: np.zeros(_NUM_FEATURES))
     samples: int = 0
+    ratios: float = 0.0  # sum over samples of measured to prior seconds
     unfitted: int = 0
     coefficients: tuple[float, ...] | None = None
 
-    def add(self, features: StepFeatures, seconds: float, forgetting: float) -> None:
+    def add(self, features: StepFeatures, seconds: float, prior_s: float, forgetting: float) -> None:
         # Divided by the measured time: a millisecond matters more in a step of five than in one of fifty.
         row = np.array((1.0, *features)) / seconds
         self.gram *= forgetting
@@ -126,6 +128,7 @@ class _BucketFit:
         self.moment *= forgetting
         self.moment += row
         self.samples += 1
+        self.ratios += seconds / prior_s
         self.unfitted += 1
 
     def refit(self) -> None:
@@ -149,9 +152,8 @@ class CostModel:
         """Seconds of a step; never below what the device's peaks allow."""
         fit = self._buckets.get(bucket)
         if fit is None or fit.coefficients is None:
-            return max(
-                self._ratio * self._prior.seconds(bucket, features), self._prior.floor(bucket, features)
-            )
+            ratio = self._ratio if fit is None else (self._ratio + fit.ratios) / (1 + fit.samples)
+            return max(ratio * self._prior.seconds(bucket, features), self._prior.floor(bucket, features))
         c = fit.coefficients
         seconds = c[0] + c[1] * features[0] + c[2] * features[1] + c[3] * features[2] + c[4] * features[3]
         return max(seconds, self._prior.floor(bucket, features))
@@ -165,9 +167,10 @@ class CostModel:
             return
         self.num_samples += 1
         weight = max(_RATIO_WEIGHT, 1.0 / self.num_samples)
-        self._ratio += weight * (seconds / self._prior.seconds(bucket, features) - self._ratio)
+        prior_s = self._prior.seconds(bucket, features)
+        self._ratio += weight * (seconds / prior_s - self._ratio)
         fit = self._buckets.setdefault(bucket, _BucketFit())
-        fit.add(features, seconds, self._forgetting)
+        fit.add(features, seconds, prior_s, self._forgetting)
         if fit.samples >= _MIN_SAMPLES and (fit.unfitted >= _REFIT_EVERY or fit.coefficients is None):
             fit.refit()
 

@@ -150,7 +150,7 @@ class StepPlan:
             prompts the step's budget has no room for: of a batch (static, dynamic), or behind a prefix that
             has been loaded. One whose pages are being loaded is told when they land.
         page_updates: pages of requests that grew; at most one per row.
-        preempted_ids: requests that lost their slot and pages in this plan.
+        preempted_ids: requests that lost their slot and pages since the plan before.
         saves: pages to copy to the host before anything else of this plan is done.
         loads: blocks to bring to the device; they go into pages when they land.
         landings: numbers of loads, of this plan or earlier ones, to put into their pages before the step, in

@@ -125,7 +125,8 @@ class Preloading:
     def look(self, now: float) -> None:
         """Preloads for those whose next turn has become likely."""
         for session in self._sessions.passed(now, _MOST_LOOKS):
-            if session.node.on_host:
+            is_there = session.node.parent is not None  # not given up for another of these sessions
+            if is_there and session.node.on_host:
                 self._consider(session, now)
 
     def _consider(self, session: Session, now: float) -> None:

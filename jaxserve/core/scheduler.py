@@ -76,6 +76,7 @@ class Scheduler:
         self._with_deadline: set[Request] = set()
         self._ended: list[Request] = []  # ends that no step's result will report
         self._page_ends: list[Request] = []  # whose next token is the first of a page
+        self._unsaid_ids: list[str] = []  # preempted when nothing could run: the next plan says so
         self._outgrown: list[Request] = []  # longer than the upper quantile of their prediction
         self._step = 0
         self._num_preemptions = 0
@@ -202,7 +203,7 @@ class Scheduler:
         if self._with_deadline:
             self._expire(now)
         self._kv.commit(now)
-        draft = Draft(budget=self._token_budget, page_size=self._kv.page_size)
+        draft = Draft(self._token_budget, self._kv.page_size, preempted_ids=self._unsaid_ids)
         self._grow_decodes(now, draft)
         self._release_batch(now)  # a batch whose last running member was preempted is over, too
         if self._waiting:
@@ -220,6 +221,7 @@ class Scheduler:
         if self._ladder.decode_steps > 1 and not prefills and len(draft.owners) == num_decodes:
             self._look_ahead(draft)
         self._page_ends = draft.page_ends
+        self._unsaid_ids = [] if draft.owners else draft.preempted_ids
         if not draft.owners:
             if not self._in_flight:
                 self._host.land_all()

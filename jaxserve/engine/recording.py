@@ -23,14 +23,16 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, final
 
+from jaxserve.config import OWN_POLICY
 from jaxserve.core.assembly import Assembly
 from jaxserve.core.cost_model import StepCost
 from jaxserve.core.learning.arms import Arm
 from jaxserve.core.plan import StepPlan, StepResult, plan_digest
+from jaxserve.core.policies.own import METHODS, is_policy
 from jaxserve.core.roofline import prior_to_json
 from jaxserve.core.updates import StepUpdates
 from jaxserve.errors import ConfigError
@@ -138,8 +140,17 @@ def _prediction(request: Request) -> list[float | None]:
     return [request.predicted_output_tokens, request.predicted_output_upper]
 
 
-def read_recording(path: Path) -> list[dict[str, Any]]:
-    """The records of a file, header first. Raises ConfigError if it is no recording of this version."""
+def read_recording(path: Path, policies: Iterable[str] = ()) -> list[dict[str, Any]]:
+    """The records of a file, header first.
+
+    Args:
+        path: of the recording.
+        policies: those from files among them take the places of the recorded ones that came from files. What
+            such a file holds is code, and a recording may come from anyone: it does not choose what runs.
+
+    Raises:
+        ConfigError: if it is no recording of this version, or ``policies`` lacks one that it needs.
+    """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
         records: list[dict[str, Any]] = [json.loads(line) for line in lines]
@@ -149,4 +160,21 @@ def read_recording(path: Path) -> list[dict[str, Any]]:
         raise ConfigError(f"recording {path}: does not begin with a header")
     if records[0]["version"] != VERSION:
         raise ConfigError(f"recording {path}: version={records[0]['version']}: must be {VERSION}")
+    own = [name for name in policies if OWN_POLICY.fullmatch(name)]
+    scheduler: dict[str, Any] = records[0]["assembly"]["scheduler"]
+    for options in (scheduler, *(record["arm"] for record in records if record["e"] == "arm")):
+        _put_own_policies(path, options, own)
     return records
+
+
+def _put_own_policies(path: Path, options: dict[str, Any], own: Sequence[str]) -> None:
+    for option in METHODS.keys() & options.keys():
+        recorded = str(options[option])
+        if OWN_POLICY.fullmatch(recorded):
+            given = next((name for name in own if is_policy(option, name)), None)
+            if given is None:
+                raise ConfigError(
+                    f"recording {path}: made with {option}={recorded!r}, code that runs only if you name it: "
+                    f"--policy {recorded}"
+                )
+            options[option] = given

@@ -75,7 +75,11 @@ def load_profile(name: str, folder: Path | None = None) -> Profile:
                 return profile_from_json(json.loads(file.read_text(encoding="utf-8")))
             except (ValueError, KeyError, TypeError) as error:
                 raise ConfigError(f"profile {name}: {type(error).__name__}: {error}") from None
-    return Profile(device_profile(name))
+    try:
+        return Profile(device_profile(name))
+    except ConfigError as error:
+        fitted = sorted(path.name.removesuffix(".json") for path in own.iterdir())
+        raise ConfigError(f"{error}, or fitted to measured steps: {', '.join(fitted)}") from None
 
 
 def profile_from_json(values: Mapping[str, Any]) -> Profile:

@@ -52,7 +52,9 @@ def read_trace(path: Path, most: int | None = None) -> list[TraceRequest]:
         with opener(path, "rt", encoding="utf-8", newline="") as file:
             rows = _csv_rows(file) if name.endswith(".csv") else _json_rows(file)  # type: ignore[arg-type]
             requests = [row for row, _ in zip(rows, range(2**31 if most is None else most), strict=False)]
-    except (OSError, ValueError, KeyError) as error:
+    except KeyError as error:
+        raise ConfigError(f"trace {path}: has no column {error}") from None
+    except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"trace {path}: {type(error).__name__}: {error}") from None
     return sorted(requests, key=lambda request: request.arrival_s)
 

@@ -39,6 +39,15 @@ def test_bursts_stall_less_with_smaller_chunks(tmp_path: Path, capsys) -> None:
     capsys.readouterr()
 
 
+def test_the_command_is_timed(tmp_path: Path, capsys) -> None:
+    path = tmp_path / "out.jsonl"
+    argv = ["--parts", "command", "--traces", str(tmp_path), "--output", str(path), "--requests", "20"]
+    assert scheduling.main(argv) == 0
+    found = [(r["case"], r["requests"], r["policies"], r["processes"]) for r in read_results([path])]
+    assert found == [("command-first-try", 20, 3, 1), ("command-whole-trace", 20, 3, 2)]
+    capsys.readouterr()
+
+
 @pytest.mark.nightly
 def test_the_ladder_and_starvation_run_small(tmp_path: Path, capsys) -> None:
     records = run_parts("starvation,ladder", 80, tmp_path)
@@ -152,4 +161,5 @@ def test_seed_tables_label_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyP
     values = {(r["case"], r["metric"]): r["value"] for r in records}
     assert values["typical-static", "output_tok_s"] < values["static-32", "output_tok_s"]
     assert values["static-32", "output_tok_s"] < values["continuous-32", "output_tok_s"]
+    assert 1.0 < values["continuous-32-4-shapes", "over_static"] <= values["continuous-32", "over_static"]
     assert "article" in capsys.readouterr().out

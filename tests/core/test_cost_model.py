@@ -148,6 +148,26 @@ def test_a_bucket_without_samples_takes_the_prior_times_the_ratio_seen() -> None
     assert model.predict(other, features) == pytest.approx(3.0 * before)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_bucket_with_few_samples_takes_its_own_ratio(seed: int) -> None:
+    """What others take says little of it, and five coefficients nothing beyond what they were fitted to."""
+    rng, prior = random.Random(seed), UnknownDevice()
+    other, bucket = Bucket(8, 8), Bucket(256, 8)
+    seen = StepFeatures(8, 800, 0.0, 8)
+    others: list[Sample] = [(other, seen, 10 * prior.seconds(other, seen))] * 100
+    own_s = 8 * prior.seconds(bucket, StepFeatures(100, 0, 4000.0, 5))
+    own: list[Sample] = [
+        (bucket, StepFeatures(100, rng.randint(0, 30), 4000.0, 5), own_s * rng.uniform(0.95, 1.05))
+        for _ in range(15)
+    ]
+    held_out: list[Sample] = [(bucket, StepFeatures(100, 1000, 4000.0, 5), own_s)]
+    for count in range(16):
+        model = CostModel(prior, forgetting=1.0)
+        model.fit([*own[:count], *others])
+        error = mean_absolute_percentage_error(model, held_out)
+        assert error == pytest.approx(0.25 / (1 + count), abs=0.05), count
+
+
 def test_a_step_that_was_held_up_is_rejected() -> None:
     model = CostModel(UnknownDevice())
     model.fit(samples(200, seed=1, noise=0.01))

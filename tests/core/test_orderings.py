@@ -35,6 +35,7 @@ def test_flags_offer_exactly_what_is_registered() -> None:
     assert set(get_args(config.Ordering)) == set(registry.ORDERINGS)
     assert set(get_args(config.Batching)) == set(registry.ADMISSIONS)
     assert set(get_args(config.Composition)) == set(registry.COMPOSITIONS)
+    assert set(get_args(config.Capacity)) == set(registry.CAPACITIES)
     assert set(get_args(config.Victim)) == {"auto", *registry.VICTIMS}
     assert set(registry.OWN_VICTIMS) <= set(registry.ORDERINGS)
     assert set(registry.OWN_VICTIMS.values()) <= set(registry.VICTIMS)

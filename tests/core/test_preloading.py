@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from jaxserve.core.prefix_cache import PrefixCacheStats
-from jaxserve.core.preloading import PreloadingStats
+from jaxserve.core.preloading import Preloading, PreloadingStats
+from jaxserve.core.radix_node import Node
+from jaxserve.core.radix_tree import RadixTree
 from jaxserve.core.resume_costs import HostTier
 from jaxserve.core.return_times import BIN_ENDS, NUM_BINS, ReturnTimes, bin_of
 from jaxserve.engine.engine_core import EngineCore
@@ -142,6 +145,42 @@ def test_regular_pauses_are_preloaded_for() -> None:
     assert preloading.num_preloads > 0
     assert cache.host.preload_useful_bytes > 0
     assert cache.host.preload_useful_bytes + cache.host.preload_wasted_bytes <= cache.host.preloaded_bytes
+
+
+def test_a_preload_may_push_out_what_was_to_be_looked_at_next() -> None:
+    """Two conversations become due at once; the pages of the second on the host make room for the first's."""
+    root = Node(None, 0, b"", [], 0.0)
+    ends = [Node(root, 0, b"", [page], 0.0) for page in (7, 8)]
+    for node in ends:
+        node.on_host = True
+    looked_at: list[list[Node]] = []
+
+    class Tree:
+        host_nodes = RadixTree.host_nodes
+
+        def marginal_s(self, now: float) -> float:
+            return 0.0
+
+        def value_of(self, chance: float, start: int, now: float) -> float:
+            return 1.0
+
+    class FullHost:
+        def load_s(self, num_pages: int) -> float:
+            return 0.0
+
+        def preload(self, nodes: list[Node], below: float) -> bool:
+            looked_at.append(nodes)
+            ends[1].parent = None  # as the tree does with nodes that it drops
+            return True
+
+    costs: Any = SimpleNamespace(page_share=1.0, compute_s=lambda tokens, context: 1.0)
+    tree: Any = Tree()
+    preloading = Preloading(tree, PAGE, 10.0, costs, FullHost(), lambda: 1.0)
+    awaited_turns(preloading._times, 1, 12)
+    for index, node in enumerate(ends):
+        preloading.ended(make_request(f"r{index}", [1], 1), node, 0.0)
+    preloading.look(BIN_ENDS[0])
+    assert looked_at == [ends[:1]]
 
 
 def test_nobody_is_preloaded_for_who_never_returns() -> None:

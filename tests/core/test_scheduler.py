@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxserve.core.plan import Bucket, PageUpdate, ScheduledRow, StepPlan
-from jaxserve.core.policies.registry import COMPOSITIONS, ORDERINGS, VICTIMS
+from jaxserve.core.policies.registry import CAPACITIES, COMPOSITIONS, ORDERINGS, VICTIMS
 from jaxserve.core.policies.strict_priority import StrictPriority
 from jaxserve.core.waiting_queue import WaitingQueue
 from jaxserve.errors import DuplicateRequestError, QueueFullError
@@ -360,6 +360,7 @@ def test_admission_prices_the_whole_prompt() -> None:
     abort_rate=st.sampled_from([0.0, 0.05, 0.3]),
     ordering=st.sampled_from(sorted(ORDERINGS)),
     composition=st.sampled_from(sorted(COMPOSITIONS)),
+    capacity=st.sampled_from(sorted(CAPACITIES)),
     victim=st.sampled_from(["auto", *VICTIMS]),
     max_decode_steps=st.integers(1, 4),
     stops_rows=st.booleans(),
@@ -373,6 +374,7 @@ def test_random_traffic_keeps_every_invariant(
     abort_rate: float,
     ordering: str,
     composition: str,
+    capacity: str,
     victim: str,
     max_decode_steps: int,
     stops_rows: bool,
@@ -382,7 +384,7 @@ def test_random_traffic_keeps_every_invariant(
     clock = ManualClock()
     core, fake = make_core(
         num_slots=num_slots, num_pages=num_pages, pipeline_depth=depth, batching=batching, clock=clock,
-        ordering=ordering, composition=composition, victim=victim, max_wait_s=0.3,
+        ordering=ordering, composition=composition, capacity=capacity, victim=victim, max_wait_s=0.3,
         max_decode_steps=max_decode_steps, executor=FakeExecutor(num_slots, 4, stops_rows=stops_rows),
     )  # fmt: skip
     requests: list[Request] = []

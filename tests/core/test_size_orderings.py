@@ -112,6 +112,10 @@ def test_an_outgrown_prediction_makes_a_request_as_long_as_its_slice() -> None:
     request.output_token_ids = [1] * (31 + 513)
     policy.generated([request], 0.0)
     assert policy.factors(request)["size_s"] == pytest.approx(1024 * 1.04e-3), "twice as long"
+    for generated, slices in ((544 + 1024, 2), (544 + 1025, 3)):
+        request.output_token_ids = [1] * generated
+        policy.generated([request], 0.0)
+        assert policy.factors(request)["slices"] == slices
     policy.left(request, 0.0, was_waiting=False)
     assert not (policy._slices or policy._ends or policy._initial)
 
@@ -276,6 +280,15 @@ def test_each_factor_moves_the_score_in_its_direction() -> None:
     small, large = (full.evaluate(predicted("r", 100, prompt=n), 0.0).load for n in (4, 400))
     assert 1.0 >= small > large >= 0.0
     assert policy.evaluate(predicted("r", 100), 0.0).load == 0.0, "memory counts only when it is short"
+
+
+def test_who_has_waited_too_long_comes_by_arrival_whatever_the_score() -> None:
+    policy = scored()
+    first, second = predicted("low", 500, priority=3), predicted("high", 5, priority=-3, arrival=1.0)
+    fresh = predicted("fresh", 5, priority=-3, arrival=99.0)
+    keys = [policy.key(request, 100.0) for request in (first, second, fresh)]
+    assert keys == sorted(keys)
+    assert policy.key(first, 50.0) > policy.key(second, 50.0), "a low tier has a longer cap"
 
 
 def test_factors_stay_between_zero_and_one() -> None:

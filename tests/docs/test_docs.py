@@ -23,6 +23,7 @@ from tests.packaging.checkout import ROOT
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "bench" / "README.md"]
 BLOCK = re.compile(r"^```python test\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FILE = re.compile(r"# ((?:jaxserve|models|pallas_kernels)/[\w/]+)\.py\n")
+OWN_FILE = re.compile(r"# (\w+\.py)\n")
 LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)")
 REGISTRIES = (
     *jaxserve.core.policies.registry.REGISTRIES,
@@ -72,9 +73,13 @@ def test_every_recipe_has_code() -> None:
     ("name", "blocks"), sections(), ids=lambda value: value if isinstance(value, str) else ""
 )
 @pytest.mark.usefixtures("registries")
-def test_blocks_run(name: str, blocks: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_run(name: str, blocks: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)  # files of the reader's own
     shared: dict[str, object] = {}
     for block in blocks:
+        if own := OWN_FILE.match(block):
+            (tmp_path / own[1]).write_text(block)
+            continue
         file = FILE.match(block)
         if file is None:
             exec(compile(block, name, "exec"), shared)

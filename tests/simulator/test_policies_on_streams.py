@@ -30,22 +30,27 @@ def _stream(count: int, rate: float) -> list[TraceRequest]:
     return poisson(lengths, rate, seed=4)
 
 
-def _e2e(predictor: str, **scheduler: Any) -> dict[str, tuple[float, str]]:
+def _e2e(predictor: str, **scheduler: Any) -> tuple[float, float]:
+    """Mean and P99, seconds."""
     cluster = make_cluster(
         ClusterConfig(token_buckets=BUCKETS), SchedulerConfig(max_num_seqs=16, **scheduler)
     )
-    return simulate(_stream(1500, 8.0), cluster, SimulationOptions(predictor=predictor)).metrics()
+    metrics = simulate(_stream(1500, 8.0), cluster, SimulationOptions(predictor=predictor)).metrics()
+    return metrics["e2e_mean_s"][0], metrics["e2e_p99_s"][0]
 
 
 @pytest.mark.slow
 def test_a_shuffled_predictor_destroys_what_a_right_one_gains() -> None:
-    mean = {"fcfs": _e2e("mean")["e2e_mean_s"][0]}
+    found = {"fcfs": _e2e("mean")}
     for predictor in ("oracle", "noisy", "shuffled", "constant"):
-        mean[predictor] = _e2e(predictor, ordering="sjf", max_wait_s=60.0)["e2e_mean_s"][0]
-    gain = {name: 1 - value / mean["fcfs"] for name, value in mean.items()}
+        found[predictor] = _e2e(predictor, ordering="sjf", max_wait_s=60.0)
+    gain = {name: 1 - mean / found["fcfs"][0] for name, (mean, _) in found.items()}
     assert gain["oracle"] > 0.15
     assert gain["oracle"] >= gain["noisy"] > 0.6 * gain["oracle"]
-    assert gain["shuffled"] < 0.5 * gain["noisy"]
+    assert gain["shuffled"] < 0.1
+    assert found["shuffled"][1] > max(found["noisy"][1], 1.5 * found["fcfs"][1]), (
+        "who is long by mistake pays"
+    )
     assert gain["constant"] > -0.05, "a predictor that says nothing costs next to nothing"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections.abc import Sequence
@@ -17,8 +18,9 @@ from jaxserve.cli.simulate import main
 from jaxserve.config import SchedulerConfig
 from jaxserve.core.buckets import BucketLadder
 from jaxserve.core.cost_model import UnknownDevice
+from jaxserve.core.decision_log import DecisionLog
 from jaxserve.core.learning.arms import Arm, make_arms
-from jaxserve.core.policies.registry import ADMISSIONS, CAPACITIES, COMPOSITIONS, ORDERINGS
+from jaxserve.core.policies.registry import ADMISSIONS, CAPACITIES, COMPOSITIONS, ORDERINGS, VICTIMS
 from jaxserve.core.resume_costs import NO_HOST, HostTier
 from jaxserve.engine.recording import Recorder, read_recording
 from jaxserve.errors import ConfigError
@@ -31,7 +33,7 @@ from tests.support.tiny_checkpoint import write_tiny_checkpoint
 
 
 def live_run(
-    seed: int, depth: int = 1, *, arms: Sequence[Arm] = (), **policies: Any
+    seed: int, depth: int = 1, *, count: int = 30, arms: Sequence[Arm] = (), **policies: Any
 ) -> tuple[list[dict[str, Any]], FakeExecutor]:
     """Random traffic with stops, siblings, aborts, deadlines and too little memory, recorded."""
     rng, clock, records = random.Random(seed), ManualClock(), list[dict[str, Any]]()
@@ -40,7 +42,7 @@ def live_run(
         recorder=lambda assembly: Recorder(records.append, assembly, UnknownDevice(), depth), **policies,
     )  # fmt: skip
     requests: list[Request] = []
-    for index in range(30):
+    for index in range(count):
         before = rng.choice(requests[-5:]) if requests and rng.random() < 0.4 else None
         prompt = random_prompt(rng, 40)
         if before is not None:  # another turn, or the same again
@@ -118,6 +120,27 @@ def test_any_recorded_run_replays_to_identical_plans(
     ]
 
 
+@pytest.mark.parametrize("ordering", ORDERINGS)
+def test_every_combination_runs_is_logged_and_replays(ordering: str) -> None:
+    """All compositions, capacities, victims and admissions: none fails, and a plan is a pure function."""
+    preempted = 0
+    for seed, (composition, capacity, victim, batching) in enumerate(
+        itertools.product(COMPOSITIONS, CAPACITIES, VICTIMS, ADMISSIONS)
+    ):
+        log: list[dict[str, Any]] = []
+        records, fake = live_run(
+            seed, seed % 3, count=8, ordering=ordering, composition=composition, capacity=capacity,
+            victim=victim, batching=batching, decision_log=DecisionLog(log.append),
+        )  # fmt: skip
+        plans = [batch.plan for batch in fake.batches]
+        logged = [[r["request"] for r in log if r["decision"] == kind] for kind in ("admit", "preempt")]
+        assert logged[0] == [admission.request_id for plan in plans for admission in plan.admissions]
+        assert logged[1] == [request_id for plan in plans for request_id in plan.preempted_ids]
+        preempted += len(logged[1])
+        assert replay(records).first_difference is None, (composition, capacity, victim, batching)
+    assert preempted > 20, "too much memory: no victim was chosen"
+
+
 ARMS = make_arms(SchedulerConfig(), BucketLadder((4,), (5, 8, 16, 32), 4), 4)
 
 
@@ -130,6 +153,21 @@ def test_a_run_whose_arm_changes_replays_to_identical_plans(
     found = replay(json.loads(json.dumps(records)))
     assert found.first_difference is None
     assert found.num_steps == fake.num_dispatched > 20
+
+
+def test_a_run_under_a_policy_of_ones_own_replays_to_identical_plans(tmp_path: Path) -> None:
+    """The recording names the file; a file that says something else is noticed."""
+    path = tmp_path / "longest.py"
+    rule = "class Longest:\n    def key(self, request, now):\n        return ({}request.num_prompt_tokens,)\n"
+    path.write_text(rule.format("-"))
+    records, fake = live_run(4, ordering=f"{path}:Longest")
+    found = replay(json.loads(json.dumps(records)))
+    assert found.first_difference is None
+    assert found.num_steps == fake.num_dispatched > 20
+    other = tmp_path / "shortest.py"
+    other.write_text(rule.format(""))
+    records[0]["assembly"]["scheduler"]["ordering"] = f"{other}:Longest"
+    assert replay(records).first_difference is not None
 
 
 def test_a_replay_needs_the_arms_that_were_recorded() -> None:
@@ -212,6 +250,35 @@ def test_a_real_engine_replays_to_identical_plans(tmp_path: Path, capsys) -> Non
     admitted = [json.loads(line) for line in decisions.read_text().splitlines()]
     assert sum(record["decision"] == "admit" for record in admitted) >= 36
     assert not any("prompt" in record for record in records), "no token leaves the engine"
+
+
+@pytest.mark.parametrize("place", ["header", "arm"])
+def test_a_recording_does_not_choose_what_code_runs(place: str, tmp_path: Path, capsys) -> None:
+    """Who names the policy's file, wherever it lies now, gets the replay."""
+    mine, theirs, path = tmp_path / "mine.py", tmp_path / "theirs.py", tmp_path / "recording.jsonl"
+    mine.write_text("class Longest:\n    def key(self, r, now):\n        return (-r.num_prompt_tokens,)\n")
+    theirs.write_text("raise AssertionError('was run')")
+    if place == "header":
+        records, _ = live_run(4, ordering=f"{mine}:Longest")
+        options = [records[0]["assembly"]["scheduler"]]
+    else:
+        records, _ = live_run(4, arms=[Arm(32, f"{mine}:Longest", "watermark")])
+        options = [record["arm"] for record in records if record["e"] == "arm"]
+    assert options
+    for values in options:
+        values["ordering"] = f"{theirs}:Longest"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    trace = tmp_path / "trace.csv"
+    trace.write_text("arrival_s,prompt_tokens,output_tokens\n0,5,5\n")
+    for argv in (
+        ["--replay", str(path)],
+        ["--trace", str(trace), "--like", str(path), "--policy", "sjf,spf"],
+    ):
+        with pytest.raises(ConfigError, match=r"made with ordering=.*: --policy .*theirs.py:Longest"):
+            main(argv)
+        for option in ("--policy", "--ordering"):
+            assert main([*argv, option, f"{mine}:Longest"]) == 0
+    assert "plans, all identical" in capsys.readouterr().out
 
 
 def test_what_is_no_recording_is_refused(tmp_path: Path) -> None:

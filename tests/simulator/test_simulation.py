@@ -258,7 +258,10 @@ def test_traces_are_read_repeated_and_stretched(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="trace"):
             read_trace(tmp_path / name)
     csv.write_text("a,b\n1,2\n")
-    with pytest.raises(ConfigError, match="KeyError"):
+    with pytest.raises(ConfigError, match="has no column 'prompt_tokens'"):
+        read_trace(csv)
+    csv.write_text("arrival_s,prompt_tokens,output_tokens\n1.0,5\n")
+    with pytest.raises(ConfigError, match="TypeError"):
         read_trace(csv)
 
 
@@ -317,20 +320,49 @@ def test_command_prints_a_table_and_writes_its_files(tmp_path: Path, capsys) -> 
     assert (tmp_path / "timeline-fcfs.json").is_file()
     assert (tmp_path / "timeline-balanced.json").is_file()
     assert (tmp_path / "plots" / "percentiles.png").is_file()
-    assert any(
-        json.loads(line)["decision"] == "admit" for line in files["decisions"].read_text().splitlines()
-    )
+    for name in ("fcfs", "balanced"):
+        decisions = (tmp_path / f"decisions-{name}.json").read_text().splitlines()
+        assert sum(json.loads(line)["decision"] == "admit" for line in decisions) >= 40
     for bad, match in (
         (["--policy", "best"], "policy="),
         (["--router", "magic"], "router="),
         (["--predictor", "magic"], "predictor="),
         (["--rate", "0"], "rate="),
         (["--max-wait-s", "0"], "max_wait_s"),
+        (["--cluster", "1xH1"], "TPU-v6e, or fitted to measured steps: H100m"),
     ):
         with pytest.raises(ConfigError, match=match):
             main(["--trace", str(trace), *bad])
     with pytest.raises(ConfigError, match="needs --trace"):
         main([])
+
+
+def test_policies_of_ones_own_are_compared_side_by_side(tmp_path: Path, capsys) -> None:
+    """By file and class, of any kind; the table has ratios; processes change nothing."""
+    trace, own = tmp_path / "trace.csv", tmp_path / "own.py"
+    rows = "".join(f"{0.01 * i},{20 + 7 * i % 90},{5 + i % 17}\n" for i in range(40))
+    trace.write_text("arrival_s,prompt_tokens,output_tokens\n" + rows)
+    own.write_text(
+        "class Last:\n    def key(self, request, now):\n        return (-request.arrival_time,)\n"
+        "class Trickle:\n    def prefill_tokens(self, view):\n        return min(16, view.budget_left)\n"
+    )
+    shown: list[str] = []
+    for jobs in ("1", "2"):
+        output = tmp_path / f"{jobs}.jsonl"
+        argv = ["--trace", str(trace), "--max-num-seqs", "2", "--jobs", jobs, "--output", str(output)]
+        argv += ["--decisions", str(tmp_path / "why.jsonl")]
+        assert main([*argv, "--policy", f"fcfs,{own}:Last,{own}:Trickle"]) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1]
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    steps = {line["case"]: line["value"] for line in lines if line.get("metric") == "steps"}
+    waits = {line["case"]: line["value"] for line in lines if line.get("metric") == "wait_max_s"}
+    assert steps[f"{own}:Trickle"] > 1.2 * steps["fcfs"]
+    assert waits[f"{own}:Last"] > 1.2 * waits["fcfs"]
+    assert f"({waits[f'{own}:Last'] / waits['fcfs']:.2f}x)" in shown[0]
+    assert len(list(tmp_path.glob("why-*.jsonl"))) == 3
+    with pytest.raises(ConfigError, match="learning_log"):
+        main([*argv, "--policy", "fcfs,sjf", "--learning", "on", "--learning-log", str(tmp_path / "l")])
 
 
 def test_the_simulator_needs_no_jax() -> None:

@@ -25,8 +25,8 @@ class Arm:
     """
 
     max_num_batched_tokens: int
-    ordering: Ordering
-    capacity: Capacity
+    ordering: Ordering | str
+    capacity: Capacity | str
 
     @property
     def name(self) -> str:

@@ -32,7 +32,8 @@ class PhasePressure:
     """Three phases, entered by pressure and left with a dead band.
 
     ``p`` is the time to compute all queued prompt tokens, those included that are forecast to come within two
-    seconds, in units of the TTFT objective; ``d`` the predicted step time in units of the TPOT objective.
+    seconds, in units of the TTFT objective; ``d`` the predicted time of a step with the least chunk, in units
+    of the TPOT objective. (With the phase's own chunk, a phase that is for prompts would end itself.)
 
     - prefill-heavy, p > 1.2 and d < 0.8: chunks take the whole budget.
     - decode-heavy, d > 1 or pages > 85 % (those of decodes about to finish not counted): the least chunk.
@@ -95,7 +96,7 @@ class PhasePressure:
         return max(queued, queued + coming - done) / rate / self._ttft_slo_s
 
     def _decode_pressure(self, view: StepView) -> float:
-        return self._search.seconds(view, min(self._chunk, view.budget_left)) / self._tpot_slo_s
+        return self._search.seconds(view, min(LEAST_CHUNK, view.budget_left)) / self._tpot_slo_s
 
     def _switch(self, prefill: float, decode: float, occupancy: float) -> None:
         self._dwell += 1

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from jaxserve.config import OWN_POLICY
+from jaxserve.core.policies.own import own_option
 from jaxserve.core.policies.registry import COMPOSITIONS, ORDERINGS
 from jaxserve.errors import ConfigError
 
@@ -16,12 +18,18 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def policy_options(name: str) -> dict[str, Any]:
-    """Scheduler options of a preset, an ordering or a composition. Raises ConfigError, listing the names."""
+    """Scheduler options of a preset, an ordering, a composition, or ``FILE.py:CLASS`` of any kind.
+
+    Raises:
+        ConfigError: for another name (it lists those that there are), or a file that has no such policy.
+    """
     if name in PRESETS:
         return dict(PRESETS[name])
     if name in ORDERINGS:
         return {"ordering": name}
     if name in COMPOSITIONS:
         return {"composition": name}
+    if OWN_POLICY.fullmatch(name):
+        return {own_option(name): name}
     known = ", ".join((*PRESETS, *ORDERINGS, *COMPOSITIONS))
-    raise ConfigError(f"policy={name!r}: must be one of {known}")
+    raise ConfigError(f"policy={name!r}: must be one of {known}, or FILE.py:CLASS")

@@ -1,8 +1,11 @@
-"""Policies by name. Adding one is a file here and its line below; flags, engine and simulator read these."""
+"""Policies by name; any other name is ``FILE.py:CLASS``, one of the user's own.
+
+Adding one is a file here and its line below; flags, engine and simulator read these.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxserve.core.policies.chunked import ChunkedPrefill
@@ -16,6 +19,7 @@ from jaxserve.core.policies.least_urgent_victim import LeastUrgentVictim
 from jaxserve.core.policies.lpm import LongestPrefixMatch
 from jaxserve.core.policies.mlfq import SkipJoinFeedback
 from jaxserve.core.policies.most_remaining_victim import MostRemainingVictim
+from jaxserve.core.policies.own import own_policy
 from jaxserve.core.policies.partition import PhasePartition
 from jaxserve.core.policies.phase_pressure import PhasePressure
 from jaxserve.core.policies.predicted_demand import PredictedDemand
@@ -79,22 +83,38 @@ OWN_VICTIMS = {
 
 
 def make_policies(context: PolicyContext) -> Policies:
-    """The policies that a configuration names."""
-    config = context.config
+    """The policies that a configuration names. Raises ConfigError for an own one that cannot be made."""
     return Policies(
-        ordering=ORDERINGS[config.ordering](context),
-        admission=ADMISSIONS[config.batching](context),
-        capacity=CAPACITIES[config.capacity](context),
-        composition=COMPOSITIONS[config.composition](context),
+        ordering=make_ordering(context),
+        admission=_make(ADMISSIONS, "batching", context.config.batching, context),
+        capacity=make_capacity(context),
+        composition=_make(COMPOSITIONS, "composition", context.config.composition, context),
         victim=make_victim(context),
     )
 
 
+def make_ordering(context: PolicyContext) -> OrderingPolicy:
+    """The ordering that a configuration names. Raises ConfigError."""
+    return _make(ORDERINGS, "ordering", context.config.ordering, context)
+
+
+def make_capacity(context: PolicyContext) -> CapacityPolicy:
+    """The capacity policy that a configuration names. Raises ConfigError."""
+    return _make(CAPACITIES, "capacity", context.config.capacity, context)
+
+
 def make_victim(context: PolicyContext) -> VictimPolicy:
-    """The victim policy that a configuration names, or that goes with its ordering."""
+    """The victim policy that a configuration names, or that goes with its ordering. Raises ConfigError."""
     config = context.config
     name = OWN_VICTIMS.get(config.ordering, "latest") if config.victim == "auto" else config.victim
-    return VICTIMS[name](context)
+    return _make(VICTIMS, "victim", name, context)
+
+
+def _make[P](
+    registry: Mapping[str, Callable[[PolicyContext], P]], option: str, name: str, context: PolicyContext
+) -> P:
+    make = registry.get(name)
+    return own_policy(option, name, context) if make is None else make(context)
 
 
 REGISTRIES: tuple[dict[str, Callable[[PolicyContext], Any]], ...] = (

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import final
 
 from jaxserve.core.learning.arms import Arm
-from jaxserve.core.policies.registry import CAPACITIES, ORDERINGS, make_policies, make_victim
+from jaxserve.core.policies.registry import make_capacity, make_ordering, make_policies, make_victim
 from jaxserve.core.policy import OrderingPolicy, Policies, PolicyContext, RequestObserver
 from jaxserve.request import Request
 
@@ -31,11 +31,11 @@ class PolicySwitch:
         config = dataclasses.replace(self._context.config, ordering=arm.ordering, capacity=arm.capacity)
         context = self._context._replace(config=config)
         if arm.capacity not in self._capacities:
-            self._capacities[arm.capacity] = CAPACITIES[arm.capacity](context)
+            self._capacities[arm.capacity] = make_capacity(context)
         self.policies = self.policies._replace(capacity=self._capacities[arm.capacity])
         if arm.ordering != self._ordering:
             self._ordering = arm.ordering
-            ordering, victim = ORDERINGS[arm.ordering](context), make_victim(context)
+            ordering, victim = make_ordering(context), make_victim(context)
             self.policies = self.policies._replace(ordering=ordering, victim=victim)
         return self.policies
 
