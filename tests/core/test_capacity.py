@@ -87,6 +87,16 @@ def test_the_margin_grows_with_preemptions_and_shrinks_with_ends() -> None:
     assert policy.margin == 0.0
 
 
+def test_a_target_of_one_is_no_margin() -> None:
+    request = predicted("r", 8)
+    request.status = RequestStatus.PREEMPTED
+    for target, margin in ((0.5, 0.005), (1.0, 0.0)):
+        context = make_context(preempted_target=target)._replace(page_size=PAGE)
+        policy = PredictedDemand.from_context(context)
+        policy.queued(request, 0.0)
+        assert policy.margin == margin
+
+
 def test_a_refusal_is_looked_at_again_when_somebody_leaves() -> None:
     a, new = running("a", 4, 4, 100), predicted("new", 8, prompt=8)
     policy = PredictedDemand(PAGE, 0.75)
