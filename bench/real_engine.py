@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from bench.measures import RequestTimes, request_times
 from bench.workloads import Item, Workload
-from jaxserve.config import EngineConfig
+from jaxserve.config import EngineConfig, LearningConfig
 from jaxserve.core.known_lengths import make_known_length_predictor
 from jaxserve.core.predictor import LengthPredictor
 from jaxserve.engine.build import (
@@ -25,6 +25,7 @@ from jaxserve.engine.build import (
     make_runner,
 )
 from jaxserve.engine.journals import Journals
+from jaxserve.engine.learning import LearningLog
 from jaxserve.engine.recording import read_recording
 from jaxserve.outputs import RequestOutput
 from jaxserve.request import SamplingParams
@@ -41,10 +42,12 @@ class Served(NamedTuple):
     Attributes:
         times: of each request, in the order of the workload.
         records: the run's recording; empty if it was not recorded.
+        stats: of the engine when all had ended.
     """
 
     times: list[RequestTimes]
     records: list[dict[str, Any]]
+    stats: dict[str, Any]
 
 
 class RealEngine:
@@ -64,6 +67,7 @@ class RealEngine:
         *,
         predictor: LengthPredictor | None = None,
         recorded: bool = True,
+        learning: LearningConfig | None = None,
         **scheduler: Any,
     ) -> Served:
         """Makes the requests at their times and waits for all.
@@ -71,6 +75,7 @@ class RealEngine:
         Args:
             predictor: of output lengths; by default the mean of those that finished.
             recorded: keep everything that a replay needs; costs the host a little every step.
+            learning: of this run; by default as configured.
             scheduler: fields of `SchedulerConfig` in place of the configured ones.
 
         Raises:
@@ -81,33 +86,38 @@ class RealEngine:
             options = dataclasses.replace(
                 self._config.scheduler, record=str(path) if recorded else None, **scheduler
             )
-            outputs = self._generate(
-                dataclasses.replace(self._config, scheduler=options), workload, predictor
+            config = dataclasses.replace(
+                self._config, scheduler=options, learning=learning or self._config.learning
             )
+            outputs, stats = self._generate(config, workload, predictor)
             return Served(
-                [request_times(output) for output in outputs], read_recording(path) if recorded else []
+                [request_times(output) for output in outputs],
+                read_recording(path) if recorded else [],
+                stats,
             )
 
     def _generate(
         self, config: EngineConfig, workload: Workload, predictor: LengthPredictor | None
-    ) -> list[RequestOutput]:
-        journals = Journals(config.scheduler)
+    ) -> tuple[list[RequestOutput], dict[str, Any]]:
+        journals, choices = Journals(config.scheduler), LearningLog(config.learning)
         prior = device_prior(self._model, self.resolved)
         core = make_core(
             config, self.resolved, self._runner, self._runner.prepare,
-            prior=prior, predictor=predictor, journals=journals,
+            prior=prior, predictor=predictor, journals=journals, learning_log=choices,
         )  # fmt: skip
         engine = make_engine(config, self._model, self.resolved, self._runner, core, on_close=journals.close)
         try:
             compiles = engine.compiles_after_warmup
             outputs = generate(engine, workload)
             compiles = engine.compiles_after_warmup - compiles
+            stats = engine.stats()
         finally:
             engine.close()
+            choices.close()
         if compiles:
             raise RuntimeError(f"{compiles} compilations in the timed window of {workload.name}")
         check_lengths(workload, outputs)
-        return outputs
+        return outputs, stats
 
     def close(self) -> None:
         """Frees the device's memory, but for the model's."""
