@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
 
-from jaxserve.core.known_lengths import make_known_length_predictor
+from jaxserve.core.known_lengths import (
+    KNOWN_LENGTH_PREDICTORS,
+    OraclePredictor,
+    make_known_length_predictor,
+)
 from jaxserve.core.policies.predicted_demand import PredictedDemand
 from jaxserve.core.policies.value_victim import ValueVictim
 from jaxserve.core.policies.watermark import Watermark
 from jaxserve.core.policy import PagesView
+from jaxserve.core.predictor import LengthPredictor
 from jaxserve.request import Request, RequestStatus
 from tests.support.engine_parts import make_core, make_request, run_to_end
 from tests.support.policy_parts import make_context, predicted
@@ -160,6 +166,20 @@ def test_prediction_is_worth_something_and_poison_takes_it_away() -> None:
     assert noisy[1] <= 0.25 * greedy[1]
     assert constant[0] < greedy[0]
     assert noisy[0] < shuffled[0] < greedy[0]
+
+
+@pytest.mark.parametrize("factor", [0.1, 0.3])
+def test_lengths_that_are_always_too_short_break_nothing(
+    factor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Preemptions, but fewer than greedy's: the margin learns of them."""
+
+    def short(lengths: Mapping[str, int], sigma: float, seed: int) -> LengthPredictor:
+        return OraclePredictor({name: max(1, round(factor * length)) for name, length in lengths.items()})
+
+    monkeypatch.setitem(KNOWN_LENGTH_PREDICTORS, "short", short)
+    num_preempted, _ = pressed("short", capacity="predicted", victim="value")
+    assert 10 < num_preempted < pressed("oracle")[0]
 
 
 def test_nobody_of_known_length_is_preempted_by_loops() -> None:
