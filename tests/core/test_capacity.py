@@ -47,6 +47,11 @@ def test_the_peak_by_hand() -> None:
     policy = PredictedDemand(PAGE, 0.75)
     # In 4 steps: a 12 tokens, b 16, new 12: 3 + 4 + 3. In 8: b 20, new 16: 5 + 4. In 20: b 32: 8.
     assert policy.peak(view([a, b], 100), new, 2) == pytest.approx(10)
+    # Pages that two tables share count once, and those that are in no table count as long as all run.
+    for other in (-1, 4):
+        pages = view([a, b], 100)
+        pages = pages._replace(num_used=pages.num_used + other)
+        assert policy.peak(pages, new, 2) == pytest.approx(10 + other)
     assert policy.has_room(view([a, b], 10), new, 2)
     assert not PredictedDemand(PAGE, 0.75).has_room(view([a, b], 9), new, 2)
     assert not PredictedDemand(PAGE, 0.75).has_room(view([a, b], 10, watermark_pages=1), new, 2)
@@ -127,6 +132,7 @@ def test_the_victim_has_most_to_come_for_what_resuming_costs() -> None:
         running("c", 8, 4, 100),
     )
     assert victim.choose([almost_done, long_context, young]) is young
+    assert victim.choose([almost_done, young, long_context]) is young
     young.predicted_output_tokens = 5.0
     assert victim.choose([almost_done, long_context, young]) is long_context
     outlived = running("d", 8, 40, 10, 400)
