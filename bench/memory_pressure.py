@@ -14,6 +14,7 @@ With everything there at once (``load`` is ``saturated``):
 - ``recomputed_tokens``: computed, lost to a preemption, and not found in the prefix cache or loaded again;
 - ``pool_occupancy``: share of the pages that running requests own, and ``slot_efficiency``: share of their
   places that hold a computed token, both averaged over the time in which requests wait;
+- ``paged_occupancy``: the same while a slot is free: requests wait for pages, not for slots;
 - ``request_rate``: requests per second;
 - ``tpot_goodput``: of those, the ones with TPOT within ``--tpot-slo``, whenever they began.
 
@@ -75,31 +76,42 @@ class Served(NamedTuple):
     makespan_s: float
     occupancy: float
     efficiency: float
+    paged: float
     stats: SchedulerStats
     swaps: SwapStats
 
 
 @dataclasses.dataclass(slots=True)
 class Meter:
-    """Averages over time, of steps in which requests wait."""
+    """Averages over time, of steps in which requests wait; ``paged``: and a slot is free."""
 
+    slots: int
     seconds: float = 0.0
+    paged_seconds: float = 0.0
+    paged: float = 0.0
     occupied: float = 0.0
     efficient: float = 0.0
 
     def add(self, step_s: float, plan: StepPlan, stats: SchedulerStats) -> None:
         if not stats.num_waiting or not stats.num_used_pages:
             return
+        occupied = step_s * stats.num_used_pages / stats.num_usable_pages
         self.seconds += step_s
-        self.occupied += step_s * stats.num_used_pages / stats.num_usable_pages
+        self.occupied += occupied
+        if stats.num_running < self.slots:
+            self.paged_seconds += step_s
+            self.paged += occupied
         live = sum(row.start + row.num_tokens for row in plan.rows)
         self.efficient += step_s * live / (stats.num_used_pages * _PAGE)
 
 
-def cases(slots: int, host_kv_bytes: int, quantile: float) -> list[Case]:
+def cases(slots: int, host_kv_bytes: int, quantile: float, target: float) -> list[Case]:
     """Greedy first: the others are compared with it."""
     greedy = SchedulerConfig(max_num_seqs=slots, victim="latest")
-    ours = SchedulerConfig(max_num_seqs=slots, capacity="predicted", victim="value", demand_quantile=quantile)
+    ours = SchedulerConfig(
+        max_num_seqs=slots, capacity="predicted", victim="value",
+        demand_quantile=quantile, preempted_target=target,
+    )  # fmt: skip
     made = [Case("greedy", greedy, "noisy", 0), Case("greedy+host", greedy, "noisy", host_kv_bytes)]
     for predictor in ("oracle", "noisy", "constant"):
         made.append(Case(f"predicted-{predictor}", ours, predictor, 0))
@@ -135,7 +147,7 @@ def serve(trace: Sequence[TraceRequest], cluster: Cluster, case: Case, sigma: fl
     ]
     waiting.reverse()
     finished: list[Request] = []
-    meter = Meter()
+    meter = Meter(assembly.num_slots)
     steps = executor.steps
     assert steps is not None
     while waiting or core.has_work:
@@ -157,6 +169,7 @@ def serve(trace: Sequence[TraceRequest], cluster: Cluster, case: Case, sigma: fl
         clock.now,
         meter.occupied / seconds,
         meter.efficient / seconds,
+        meter.paged / max(meter.paged_seconds, 1e-9),
         scheduler.stats(),
         scheduler.swap_stats(),
     )
@@ -207,6 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--sigma", type=float, default=0.7, help="of noisy predictions (default: %(default)s)"
     )
     parser.add_argument("--quantile", type=float, default=0.75, help="demand_quantile (default: %(default)s)")
+    parser.add_argument("--target", type=float, default=0.02, help="preempted_target (default: %(default)s)")
     parser.add_argument(
         "--host-gb", type=float, default=64.0, help="host memory, 1e9 bytes (default: %(default)s)"
     )
@@ -240,7 +254,7 @@ def run(args: argparse.Namespace) -> None:
     results = Results("memory_pressure", host_device(), args.output)
     greedy_rate, greedy_goodput, greedy_steady, greedy_run = 0.0, 0.0, 0.0, None
     gc.disable()
-    for case in cases(args.slots, int(args.host_gb * 1e9), args.quantile):
+    for case in cases(args.slots, int(args.host_gb * 1e9), args.quantile, args.target):
         if case.name != "greedy" and args.cases not in case.name:
             continue
         cluster = make_cluster(
@@ -253,6 +267,7 @@ def run(args: argparse.Namespace) -> None:
         where = {"label": cluster.label, "trace": source, "requests": len(trace), "num_pages": num_pages}
         where |= {"slots": args.slots, "oversubscribed": args.oversubscribed}
         where |= {"output_factor": args.output_factor, "sigma": args.sigma, "quantile": args.quantile}
+        where |= {"target": args.target}
         where |= {"tpot_slo_s": args.tpot_slo}
         served = serve(at_once(trace), cluster, case, args.sigma)
         rate = len(trace) / served.makespan_s
@@ -271,6 +286,7 @@ def run(args: argparse.Namespace) -> None:
             ),
             ("loaded_tokens", served.swaps.resumed_tokens, "tokens"),
             ("pool_occupancy", served.occupancy, "share"),
+            ("paged_occupancy", served.paged, "share"),
             ("slot_efficiency", served.efficiency, "share"),
             ("request_rate", rate, "requests/s"),
             ("request_rate_ratio", rate / greedy_rate, "of greedy"),

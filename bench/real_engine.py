@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from bench.measures import RequestTimes, request_times
 from bench.workloads import Item, Workload
-from jaxserve.config import EngineConfig
+from jaxserve.config import EngineConfig, LearningConfig
 from jaxserve.core.known_lengths import make_known_length_predictor
 from jaxserve.core.policies.own import METHODS
 from jaxserve.core.predictor import LengthPredictor
@@ -27,6 +27,7 @@ from jaxserve.engine.build import (
     make_runner,
 )
 from jaxserve.engine.journals import Journals
+from jaxserve.engine.learning import LearningLog
 from jaxserve.engine.prediction import make_prediction
 from jaxserve.engine.recording import read_recording
 from jaxserve.outputs import RequestOutput
@@ -44,10 +45,12 @@ class Served(NamedTuple):
     Attributes:
         times: of each request, in the order of the workload.
         records: the run's recording; empty if it was not recorded.
+        stats: of the engine when all had ended.
     """
 
     times: list[RequestTimes]
     records: list[dict[str, Any]]
+    stats: dict[str, Any]
 
 
 class RealEngine:
@@ -70,6 +73,7 @@ class RealEngine:
         *,
         predictor: LengthPredictor | None = None,
         recorded: bool = True,
+        learning: LearningConfig | None = None,
         **scheduler: Any,
     ) -> Served:
         """Makes the requests at their times and waits for all.
@@ -78,6 +82,7 @@ class RealEngine:
             predictor: of output lengths, which is shown no hidden states; by default a new one of the
                 configured kind, with the configured head.
             recorded: keep everything that a replay needs; costs the host a little every step.
+            learning: of this run; by default as configured.
             scheduler: fields of `SchedulerConfig` in place of the configured ones.
 
         Raises:
@@ -88,18 +93,20 @@ class RealEngine:
             options = dataclasses.replace(
                 self._config.scheduler, record=str(path) if recorded else None, **scheduler
             )
-            outputs = self._generate(
-                dataclasses.replace(self._config, scheduler=options), workload, predictor
+            config = dataclasses.replace(
+                self._config, scheduler=options, learning=learning or self._config.learning
             )
+            outputs, stats = self._generate(config, workload, predictor)
             return Served(
                 [request_times(output) for output in outputs],
                 read_recording(path, [getattr(options, option) for option in METHODS]) if recorded else [],
+                stats,
             )
 
     def _generate(
         self, config: EngineConfig, workload: Workload, predictor: LengthPredictor | None
-    ) -> list[RequestOutput]:
-        journals = Journals(config.scheduler)
+    ) -> tuple[list[RequestOutput], dict[str, Any]]:
+        journals, choices = Journals(config.scheduler), LearningLog(config.learning)
         prediction = make_prediction(config, self._model)
         interval = config.prediction.probe_interval
         core = make_core(
@@ -107,19 +114,21 @@ class RealEngine:
             prior=device_prior(self._model, self.resolved),
             predictor=predictor or prediction.predictor,
             probing=Probing(self._runner, interval) if self._probes and predictor is None else None,
-            journals=journals,
+            journals=journals, learning_log=choices,
         )  # fmt: skip
         engine = make_engine(config, self._model, self.resolved, self._runner, core, on_close=journals.close)
         try:
             compiles = engine.compiles_after_warmup
             outputs = generate(engine, workload)
             compiles = engine.compiles_after_warmup - compiles
+            stats = engine.stats()
         finally:
             engine.close()
+            choices.close()
         if compiles:
             raise RuntimeError(f"{compiles} compilations in the timed window of {workload.name}")
         check_lengths(workload, outputs)
-        return outputs
+        return outputs, stats
 
     def close(self) -> None:
         """Frees the device's memory, but for the model's."""

@@ -112,6 +112,9 @@ class SchedulerConfig:
     demand_quantile: float = _option(
         0.75, "predicted: quantile of the page demand that must fit; more admits fewer"
     )
+    preempted_target: float = _option(
+        0.02, "predicted: preemptions for each request at which its margin rests; 1: there is no margin"
+    )
     victim: Victim | str = _option(
         "auto", "who gives up its pages when none is left; auto goes with the ordering"
     )
@@ -361,6 +364,10 @@ def _check_scheduler(scheduler: SchedulerConfig) -> None:
         "demand_quantile",
         quantile,
         "must be a number in (0, 1)",
+    )
+    target = scheduler.preempted_target
+    _require(
+        _is_number(target) and 0.0 < target <= 1.0, "preempted_target", target, "must be a number in (0, 1]"
     )
     _require(
         scheduler.pipeline_depth in (0, 1, 2), "pipeline_depth", scheduler.pipeline_depth, "must be 0, 1 or 2"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import learning
+from bench import learning, learning_real
 from bench.results import read_results
 from jaxserve.errors import ConfigError
 
@@ -56,3 +56,28 @@ def test_a_trace_that_is_too_short_is_an_error(tmp_path: Path) -> None:
         file.write("arrival_s,prompt_tokens,output_tokens\n1.0,2,3\n")
     with pytest.raises(ConfigError, match=r"seconds=10.0: chats has 1 requests, that takes 360"):
         learning.make_traces(tmp_path, 10.0, seed=0)
+
+
+def test_plays_by_hand() -> None:
+    epochs = [
+        {"decision": {"arm": 0}, "safe": []},
+        {"decision": {"arm": 2}, "safe": [1, 2]},
+        {"decision": {"arm": 3}, "safe": [1, 2]},
+    ]
+    assert learning_real.unsafe_plays(epochs) == 1
+    assert learning_real.other_share(epochs) == pytest.approx(2 / 3)
+
+
+@pytest.mark.slow
+def test_a_real_engine_learns_and_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    flags = ["--shape", "tiny", "--dtype", "float32", "--no-compile-cache", "--max-num-seqs", "4"]
+    flags += ["--row-buckets", "4", "--token-buckets", "8,16", "--max-num-batched-tokens", "16"]
+    flags += ["--prompt-scale", "100", "--output-scale", "50", "--output", str(path)]
+    flags += ["--max-model-len", "256", "--requests", "60", "--rate", "20", "--learning-epoch-s", "1"]
+    assert learning_real.main(flags) == 0
+    values = {(r["case"], r["metric"], r["run"]): r["value"] for r in read_results([path])}
+    for case in ("off", "on"):
+        assert 0.0 < values[case, "learn_ms_per_step", 1] < values[case, "step_ms", 1]
+    assert values["on", "epochs", 1] > values["on", "epochs", 0] >= 2
+    assert values["on", "unsafe_plays", 1] == values["on", "differing", 1] == 0

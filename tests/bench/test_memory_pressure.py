@@ -24,12 +24,14 @@ def test_measures_by_hand() -> None:
     assert slo_share(times, 2.0, 0.09) == pytest.approx(1 / 3)
     trace = [TraceRequest(0.0, 100, 100), TraceRequest(0.0, 400, 300)]  # 158 tokens one quarter, 558 three
     assert pages_for(trace, 8, 2.0) == 1 + int(8 * (158 + 3 * 558) / 4 / 16 / 2.0)
-    meter = Meter()
+    meter = Meter(2)
     plan = StepPlan(0, StepRows.of([ScheduledRow("a", 0, 23, 1, True)]), Bucket(1, 1))
     stats = SchedulerStats(5, 1, 0, 2, 0, 8, 0, 0, 0)
     meter.add(2.0, plan, stats)
     meter.add(2.0, plan, stats._replace(num_waiting=0))
     assert (meter.seconds, meter.occupied, meter.efficient) == (2.0, 0.5, 1.5)
+    meter.add(1.0, plan, stats._replace(num_running=2))  # no slot is free
+    assert (meter.seconds, meter.occupied, meter.paged_seconds, meter.paged) == (3.0, 0.75, 2.0, 0.5)
 
 
 def test_greedy_is_beaten_where_outputs_are_long(capsys: pytest.CaptureFixture[str]) -> None:

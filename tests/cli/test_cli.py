@@ -88,6 +88,7 @@ EXAMPLES: dict[str, tuple[str, Any]] = {
     "composition": ("slo", "slo"),
     "capacity": ("predicted", "predicted"),
     "demand_quantile": ("0.9", 0.9),
+    "preempted_target": ("0.05", 0.05),
     "victim": ("latest", "latest"),
     "decision_log": ("why.jsonl", "why.jsonl"),
     "record": ("run.jsonl", "run.jsonl"),

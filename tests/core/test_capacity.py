@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
 
-from jaxserve.core.known_lengths import make_known_length_predictor
+from jaxserve.core.known_lengths import (
+    KNOWN_LENGTH_PREDICTORS,
+    OraclePredictor,
+    make_known_length_predictor,
+)
 from jaxserve.core.policies.predicted_demand import PredictedDemand
 from jaxserve.core.policies.value_victim import ValueVictim
 from jaxserve.core.policies.watermark import Watermark
 from jaxserve.core.policy import PagesView
+from jaxserve.core.predictor import LengthPredictor
 from jaxserve.request import Request, RequestStatus
 from tests.support.engine_parts import make_core, make_request, run_to_end
 from tests.support.policy_parts import make_context, predicted
@@ -41,6 +47,11 @@ def test_the_peak_by_hand() -> None:
     policy = PredictedDemand(PAGE, 0.75)
     # In 4 steps: a 12 tokens, b 16, new 12: 3 + 4 + 3. In 8: b 20, new 16: 5 + 4. In 20: b 32: 8.
     assert policy.peak(view([a, b], 100), new, 2) == pytest.approx(10)
+    # Pages that two tables share count once, and those that are in no table count as long as all run.
+    for other in (-1, 4):
+        pages = view([a, b], 100)
+        pages = pages._replace(num_used=pages.num_used + other)
+        assert policy.peak(pages, new, 2) == pytest.approx(10 + other)
     assert policy.has_room(view([a, b], 10), new, 2)
     assert not PredictedDemand(PAGE, 0.75).has_room(view([a, b], 9), new, 2)
     assert not PredictedDemand(PAGE, 0.75).has_room(view([a, b], 10, watermark_pages=1), new, 2)
@@ -87,6 +98,16 @@ def test_the_margin_grows_with_preemptions_and_shrinks_with_ends() -> None:
     assert policy.margin == 0.0
 
 
+def test_a_target_of_one_is_no_margin() -> None:
+    request = predicted("r", 8)
+    request.status = RequestStatus.PREEMPTED
+    for target, margin in ((0.5, 0.005), (1.0, 0.0)):
+        context = make_context(preempted_target=target)._replace(page_size=PAGE)
+        policy = PredictedDemand.from_context(context)
+        policy.queued(request, 0.0)
+        assert policy.margin == margin
+
+
 def test_a_refusal_is_looked_at_again_when_somebody_leaves() -> None:
     a, new = running("a", 4, 4, 100), predicted("new", 8, prompt=8)
     policy = PredictedDemand(PAGE, 0.75)
@@ -111,6 +132,7 @@ def test_the_victim_has_most_to_come_for_what_resuming_costs() -> None:
         running("c", 8, 4, 100),
     )
     assert victim.choose([almost_done, long_context, young]) is young
+    assert victim.choose([almost_done, young, long_context]) is young
     young.predicted_output_tokens = 5.0
     assert victim.choose([almost_done, long_context, young]) is long_context
     outlived = running("d", 8, 40, 10, 400)
@@ -150,6 +172,20 @@ def test_prediction_is_worth_something_and_poison_takes_it_away() -> None:
     assert noisy[1] <= 0.25 * greedy[1]
     assert constant[0] < greedy[0]
     assert noisy[0] < shuffled[0] < greedy[0]
+
+
+@pytest.mark.parametrize("factor", [0.1, 0.3])
+def test_lengths_that_are_always_too_short_break_nothing(
+    factor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Preemptions, but fewer than greedy's: the margin learns of them."""
+
+    def short(lengths: Mapping[str, int], sigma: float, seed: int) -> LengthPredictor:
+        return OraclePredictor({name: max(1, round(factor * length)) for name, length in lengths.items()})
+
+    monkeypatch.setitem(KNOWN_LENGTH_PREDICTORS, "short", short)
+    num_preempted, _ = pressed("short", capacity="predicted", victim="value")
+    assert 10 < num_preempted < pressed("oracle")[0]
 
 
 def test_nobody_of_known_length_is_preempted_by_loops() -> None:

@@ -288,6 +288,7 @@ def test_logprobs_are_the_models_own(llm: LLM) -> None:
         ({"token_buckets": 5}, "token_buckets=5"),
         ({"watermark": float("nan")}, "watermark=nan"),
         ({"capacity": "greedy"}, "capacity='greedy': must be one of watermark, predicted"),
+        ({"preempted_target": 0.0}, "preempted_target=0.0: must be a number in (0, 1]"),
         ({"demand_quantile": 1.0}, "demand_quantile=1.0: must be a number in (0, 1)"),
         (
             {"max_num_batched_tokens": 64},

@@ -153,6 +153,7 @@ ENGINE: list[Bad] = [
     *_one("memory_fraction", "must be a number in [0, 1]", 1.5, -0.1, math.nan),
     *_one("watermark", "must be a number in [0, 1]", 2.0),
     *_one("host_kv_bytes", "must be in [0, 2**50)", -1),
+    *_one("preempted_target", "must be a number in (0, 1]", 0.0, 1.1, math.nan),
     *_one("demand_quantile", "must be a number in (0, 1)", 1.0, math.nan),
     *_one("pipeline_depth", "must be 0, 1 or 2", 3, -1),
     *_one("batch_window_s", "must be in [0, 3600]", -1.0, math.inf),

@@ -41,7 +41,7 @@ class PredictedDemand:
 
     Predictions may be wrong in ways that their quantiles do not say. So a share of the pages is left free
     that grows when a request is preempted and shrinks when one finishes: it comes to rest where ``target`` of
-    the requests are preempted, or at none.
+    the requests are preempted, or at none. With a ``target`` of 1 there is none.
 
     Args:
         page_size: tokens of a KV page.
@@ -50,7 +50,7 @@ class PredictedDemand:
         target: share of the requests that may be preempted.
     """
 
-    def __init__(self, page_size: int, quantile: float, lag: int = 0, target: float = 0.02) -> None:
+    def __init__(self, page_size: int, quantile: float, lag: int = 0, *, target: float = 0.02) -> None:
         self._page_size = page_size
         self._z = _NORMAL.inv_cdf(quantile)
         self._lag = lag
@@ -64,7 +64,7 @@ class PredictedDemand:
         config = context.config
         # The rest of its own decode loop, if it ends at the first token of that, and the loops in flight.
         lag = (config.pipeline_depth + 1) * config.max_decode_steps - 1
-        return cls(context.page_size, config.demand_quantile, lag)
+        return cls(context.page_size, config.demand_quantile, lag, target=config.preempted_target)
 
     def has_room(self, view: PagesView, request: Request, num_pages: int) -> bool:
         if num_pages > view.num_available:
@@ -105,7 +105,7 @@ class PredictedDemand:
 
     def queued(self, request: Request, now: float) -> None:
         if request.status is RequestStatus.PREEMPTED:
-            self._changed(_MARGIN_STEP)
+            self._changed(_MARGIN_STEP if self._target < 1.0 else 0.0)
 
     def admitted(self, request: Request, now: float) -> None:
         self._refused = None
