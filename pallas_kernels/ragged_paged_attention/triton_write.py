@@ -49,12 +49,12 @@ def _write(
         def _write_token():
             page, offset = page_ref[token], offset_ref[token]
             for which, source_ref in enumerate(new_refs[:2]):
-                value = plt.load(source_ref.at[token, pl.ds(0, rows), pl.ds(0, columns)], mask=mask, other=0)
+                value = plt.load(source_ref.at[token, pl.ds(0, rows), pl.ds(0, columns)], mask=mask)
                 there = (page, offset, (2 * head + which)[:, None], column[None, :])
                 plt.store(out_refs[0].at[there], value.astype(old[0].dtype), mask=mask)
             if len(old) > 1:
                 both, is_one = jnp.arange(2 * rows), jnp.arange(2 * rows) < 2 * kv_heads
-                value = plt.load(new_refs[2].at[token, pl.ds(0, 2 * rows)], mask=is_one, other=0)
+                value = plt.load(new_refs[2].at[token, pl.ds(0, 2 * rows)], mask=is_one)
                 plt.store(out_refs[1].at[page, both, offset], value, mask=is_one)
 
     whole = pl.no_block_spec

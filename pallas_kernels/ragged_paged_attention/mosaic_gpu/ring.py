@@ -1,8 +1,8 @@
 """Rings of tiles in shared memory, between a producer, which loads keys and values, and its consumers.
 
-Tiles of a 16-bit cache land where tensor cores read them. Those of an 8-bit cache take two steps: codes land in
-a ring of their own, and the producer's warpgroup, idle otherwise, converts them, exactly, into the tile that
-tensor cores read. Their scales stay float32 and multiply scores and softmax weights.
+Tiles of a 16-bit cache land where tensor cores read them. Those of an 8-bit cache take two steps: codes land
+in a ring of their own, and the producer's warpgroup, idle otherwise, converts them, exactly, into the tile
+that tensor cores read. Their scales stay float32 and multiply scores and softmax weights.
 
     cache --TMA--> tiles --> consumers                               16-bit
     cache --TMA--> codes --producer--> a tile --> consumers           8-bit
