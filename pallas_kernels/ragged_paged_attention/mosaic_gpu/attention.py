@@ -89,6 +89,8 @@ def _check(q: jax.Array, kv_pages: KVPages) -> None:
         raise NotImplementedError(f"page_size={page_size}: must be a power of two, 8 or more")
     if head_dim % 32 or head_dim > 256:
         raise NotImplementedError(f"head_dim={head_dim}: must be a multiple of 32 up to 256")
+    if layout.has_scales and jax.default_backend() == "gpu":
+        raise NotImplementedError(f"kv_pages is {layout.dtype}: 8-bit caches have not run on a device yet")
     if layout.has_scales and page_size < _LEAST_CODED_PAGE:
         raise NotImplementedError(
             f"page_size={page_size}: must be {_LEAST_CODED_PAGE} or more in an 8-bit cache"
