@@ -78,6 +78,27 @@ CORRECTNESS_SPECS: tuple[ArgSpec, ...] = (
     ArgSpec(name="window_and_soft_cap", rows=((1, 30), (18, 40)), sliding_window=10, soft_cap=5.0),
 )
 
+# For caches of 8 bits where pages must not be small.
+LARGE_PAGE_SPECS: tuple[ArgSpec, ...] = (
+    ArgSpec(
+        name="mixed_pages_of_32",
+        rows=((1, 30), (1, 17), (0, 0), (19, 19), (35, 150), (0, 0), (1, 400)),
+        page_size=32,
+        padding_tokens=9,
+    ),
+    ArgSpec(name="decode_pages_of_64", rows=_decode(1, 63, 64, 65, 0, 700), head_dim=128, page_size=64),
+    ArgSpec(
+        name="window_pages_of_64",
+        rows=((40, 40), (150, 290), (1, 260), (1, 20)),
+        page_size=64,
+        num_q_heads=9,
+        num_kv_heads=3,
+        sliding_window=70,
+        soft_cap=5.0,
+    ),
+    ArgSpec(name="pages_of_256", rows=((1, 600), (20, 300)), head_dim=96, page_size=256),
+)
+
 # SmolLM2-135M's heads, as served: what the numbers in README.md are measured on.
 SPEED_SPECS: tuple[ArgSpec, ...] = (
     ArgSpec(name="decode_1", rows=_decode(128), num_q_heads=9, num_kv_heads=3),

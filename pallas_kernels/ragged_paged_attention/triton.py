@@ -8,7 +8,6 @@ of one token. Long contexts of few rows are not split.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from typing import NamedTuple
@@ -19,10 +18,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from jaxserve.pallas_kernels.layout import KVPages, encode
+from jaxserve.pallas_kernels.layout import KVPages
 from jaxserve.pallas_kernels.ragged_paged_attention.metadata import (
     AttentionMetadata,
-    TokenPlaces,
     token_places,
 )
 from jaxserve.pallas_kernels.ragged_paged_attention.triton_write import write
@@ -69,7 +67,7 @@ def ragged_paged_attention(
     """
     _check(q, kv_pages, interpret=interpret)
     places = token_places(metadata, q.shape[0], kv_pages.layout.page_size)
-    kv_pages = _write(kv_pages, k, v, places, interpret=interpret)
+    kv_pages = write(kv_pages, k, v, places, interpret=interpret)
     return _attend(q, kv_pages, metadata, variant, interpret=interpret), kv_pages
 
 
@@ -91,15 +89,6 @@ def _check(q: jax.Array, kv_pages: KVPages, *, interpret: bool) -> None:
     capability = float(getattr(device, "compute_capability", None) or 0.0)
     if capability < _AMPERE:
         raise NotImplementedError(f"{device.device_kind}: must be an NVIDIA Ampere GPU or newer")
-
-
-def _write(kv_pages: KVPages, k: jax.Array, v: jax.Array, places: TokenPlaces, *, interpret: bool) -> KVPages:
-    elements, new_scales = encode(k, v, kv_pages.data.dtype)
-    data = write(kv_pages.data, elements[:, 0::2], elements[:, 1::2], places, interpret=interpret)
-    scales = kv_pages.scales
-    if scales is not None and new_scales is not None:
-        scales = scales.at[places.page, :, places.offset].set(new_scales, mode="promise_in_bounds")
-    return dataclasses.replace(kv_pages, data=data, scales=scales)
 
 
 def _query_blocks(metadata: AttentionMetadata, num_tokens: int, size: int) -> _QueryBlocks:

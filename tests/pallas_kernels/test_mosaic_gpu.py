@@ -29,6 +29,10 @@ from tests.support.gpu_lowering import lower_for_h100
         {"max_q_len": 64, "heads": (4, 1), "head_dim": 256, "sliding_window": 512},
         {"max_q_len": 64, "heads": (8, 8), "head_dim": 96, "page_size": 32, "dtype": "float16"},
         {"max_q_len": 64, "heads": (16, 2), "page_size": 256, "soft_cap": 50.0},
+        {"max_q_len": 1, "kv_dtype": "int8"},
+        {"max_q_len": 64, "heads": (9, 3), "head_dim": 64, "page_size": 32, "kv_dtype": "int8"},
+        {"max_q_len": 64, "kv_dtype": "float8_e4m3fn", "sliding_window": 512},
+        {"max_q_len": 64, "head_dim": 96, "dtype": "float16", "kv_dtype": "float8_e4m3fn"},
     ],
     ids=str,
 )
@@ -45,7 +49,12 @@ def test_it_lowers_for_an_h100(options: dict[str, object]) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": "float32"}, "q is float32 and kv_pages float32: must both be bfloat16 or float16"),
+        (
+            {"dtype": "float32"},
+            "q is float32 and kv_pages float32: must both be bfloat16 or float16, or kv_pages 8-bit",
+        ),
+        ({"page_size": 16, "kv_dtype": "int8"}, "page_size=16: must be 32 or more in an 8-bit cache"),
+        ({"head_dim": 256, "kv_dtype": "int8"}, "head_dim=256: must be at most 128 in an 8-bit cache"),
         ({"page_size": 24}, "page_size=24: must be a power of two, 8 or more"),
         ({"head_dim": 80}, "head_dim=80: must be a multiple of 32 up to 256"),
         ({"heads": (128, 1)}, "128 query heads a kv head: must be at most 64"),
@@ -66,7 +75,15 @@ def test_a_device_that_is_no_hopper_is_refused() -> None:
         ragged_paged_attention(q, kv, kv, cache, metadata, scale=1.0, implementation="mosaic_gpu")
 
 
-HEADS = Heads(kv_heads=8, group=4, head_dim=128, page_size=64, dtype=jnp.dtype("bfloat16"))  # 4 KiB a token
+# 4 KiB a token.
+HEADS = Heads(
+    kv_heads=8,
+    group=4,
+    head_dim=128,
+    page_size=64,
+    dtype=jnp.dtype("bfloat16"),
+    kv_dtype=jnp.dtype("bfloat16"),
+)
 
 step_rows = st.lists(
     st.tuples(st.sampled_from([0, 1, 1, 1, 2, 64, 130]), st.integers(0, 900)), min_size=1, max_size=6

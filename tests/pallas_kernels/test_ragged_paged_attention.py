@@ -13,13 +13,18 @@ import pytest
 
 from jaxserve.pallas_kernels.ragged_paged_attention import xla
 from jaxserve.pallas_kernels.ragged_paged_attention.api import AttentionMetadata, ragged_paged_attention
-from jaxserve.pallas_kernels.ragged_paged_attention.arg_specs import CORRECTNESS_SPECS, ArgSpec
+from jaxserve.pallas_kernels.ragged_paged_attention.arg_specs import (
+    CORRECTNESS_SPECS,
+    LARGE_PAGE_SPECS,
+    ArgSpec,
+)
 from tests.support import attention_oracle
 from tests.support.attention_inputs import make_step
 from tests.support.implementations import (
     EAGER,
     IMPLEMENTATIONS,
     KV_DTYPES,
+    LARGE_PAGES_ONLY,
     LOAD_DEPENDENT,
     SIMULATED,
     able_to_run,
@@ -28,10 +33,10 @@ from tests.support.implementations import (
 )
 from tests.support.tolerances import ATTENTION_TOLERANCE, EIGHT_BIT_TOLERANCE
 
-SPECS = {spec.name: spec for spec in CORRECTNESS_SPECS}
+SPECS = {spec.name: spec for spec in (*CORRECTNESS_SPECS, *LARGE_PAGE_SPECS)}
 LOW_PRECISION_SPECS = ("mixed", "window_chunk", "soft_cap")
 EVERY_CASE = [
-    *((name, "float32") for name in SPECS),
+    *((spec.name, "float32") for spec in CORRECTNESS_SPECS),
     *((name, dtype) for name in LOW_PRECISION_SPECS for dtype in ("bfloat16", "float16")),
 ]
 # Specs, and dtypes of queries and of 8-bit caches.
@@ -44,6 +49,10 @@ EIGHT_BIT_CASES = [
     *((name, "float32", "float8_e4m3fn") for name in LOW_PRECISION_SPECS),
     *((name, "bfloat16", kv) for name in ("mixed", "window_chunk") for kv in ("int8", "float8_e4m3fn")),
     ("mixed", "float16", "int8"),
+]
+LARGE_PAGE_CASES = [
+    *((spec.name, "bfloat16", kv) for spec in LARGE_PAGE_SPECS for kv in ("int8", "float8_e4m3fn")),
+    ("mixed_pages_of_32", "float16", "float8_e4m3fn"),
 ]
 EVERY_DTYPE = ("float32", "bfloat16", "float16")
 # What takes no float32 runs every spec in bfloat16 on its own machine, and these in the slow simulator.
@@ -63,14 +72,14 @@ def when(implementation: str, name: str, *rest: str) -> Any:
     """The parameters of a case, marked if it need not run for every change."""
     is_core = {
         "triton": name in INTERPRETED_SPECS and (rest[0] == "float32" or name == "mixed"),
-        "mosaic_gpu": rest[0] == "bfloat16" or name == "mixed",
+        "mosaic_gpu": rest[0] == "bfloat16" or name.startswith("mixed"),
     }
     if implementation not in SIMULATED:
         marks = ()
     elif not is_core.get(implementation, True):
         marks = nightly
     else:
-        names = ("mixed",) if implementation == "mosaic_gpu" else ESSENTIAL_SPECS
+        names = ("mixed", "mixed_pages_of_32") if implementation == "mosaic_gpu" else ESSENTIAL_SPECS
         is_essential = name in names and rest[0] == finest_dtype(implementation)
         marks = () if is_essential or implementation == "triton" else slow
     return pytest.param(implementation, name, *rest, marks=marks)
@@ -80,8 +89,16 @@ def cases_of(implementation: str) -> list[tuple[str, str]]:
     """Specs and dtypes that an implementation is tested with."""
     if takes(implementation, "float32"):
         return [case for case in EVERY_CASE if takes(implementation, case[1])]
-    names = SIMULATED_SPECS if implementation in SIMULATED else tuple(SPECS)
-    return [*((n, "bfloat16") for n in names if n not in LOW_PRECISION_SPECS), *EVERY_CASE[len(SPECS) :]]
+    every = [spec.name for spec in CORRECTNESS_SPECS]
+    names = SIMULATED_SPECS if implementation in SIMULATED else every
+    return [*((n, "bfloat16") for n in names if n not in LOW_PRECISION_SPECS), *EVERY_CASE[len(every) :]]
+
+
+def eight_bit_cases_of(implementation: str) -> list[tuple[str, str, str]]:
+    """The same for 8-bit caches, with their dtype."""
+    cases = [*([] if implementation in LARGE_PAGES_ONLY else EIGHT_BIT_CASES), *LARGE_PAGE_CASES]
+    kv_dtypes = KV_DTYPES.get(implementation, ())
+    return [case for case in cases if case[2] in kv_dtypes and takes(implementation, case[1])]
 
 
 def checks_pages(implementation: str, dtype: str) -> bool:
@@ -174,12 +191,7 @@ def test_equals_the_oracle(implementation: str, name: str, dtype: str) -> None:
 
 @pytest.mark.parametrize(
     ("implementation", "name", "dtype", "kv_dtype"),
-    [
-        when(each, *case)
-        for each, kv_dtypes in KV_DTYPES.items()
-        for case in EIGHT_BIT_CASES
-        if case[2] in kv_dtypes and takes(each, case[1])
-    ],
+    [when(each, *case) for each in IMPLEMENTATIONS for case in eight_bit_cases_of(each)],
 )
 def test_an_8_bit_cache_equals_the_oracle(implementation: str, name: str, dtype: str, kv_dtype: str) -> None:
     """Exact but for the dtype of the queries, seen from the cache; from the numbers as they were, rounded."""
@@ -261,14 +273,18 @@ def test_tolerance_catches_another_rows_page(implementation: str, dtype: str) ->
     assert error(got, expect(SPECS["mixed"], step)) > 4 * ATTENTION_TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("name", ["mixed", "decode_page_borders", "decode_one_row"])
 @pytest.mark.parametrize(
-    ("implementation", "kv_dtype"),
+    ("implementation", "kv_dtype", "name"),
     [
-        (each, kv_dtype)
+        (each, kv_dtype, name)
         for each in IMPLEMENTATIONS
         if each not in SIMULATED
         for kv_dtype in ("", *KV_DTYPES.get(each, ()))
+        for name in (
+            ("mixed_pages_of_32", "decode_pages_of_64")
+            if kv_dtype and each in LARGE_PAGES_ONLY
+            else ("mixed", "decode_page_borders", "decode_one_row")
+        )
     ],
 )
 def test_cache_is_written_in_place(implementation: str, kv_dtype: str, name: str) -> None:

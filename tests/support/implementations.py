@@ -30,8 +30,11 @@ REFUSED_DTYPES = {"mosaic_tpu": ("float16",), "mosaic_gpu": ("float32",)}
 # 8-bit caches that an implementation takes.
 KV_DTYPES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("reference", "xla", "mosaic_tpu"), ("int8", "float8_e4m3fn")),
+    "mosaic_gpu": ("int8", "float8_e4m3fn") if "mosaic_gpu" in SIMULATED else (),
     "triton": ("int8",),
 }
+# Those that take them in pages of 32 tokens or more, and heads of 128 elements or fewer.
+LARGE_PAGES_ONLY = ("mosaic_gpu",)
 
 # Cuts rows where the load says so: another batch rounds a row differently.
 LOAD_DEPENDENT = ("mosaic_gpu",)

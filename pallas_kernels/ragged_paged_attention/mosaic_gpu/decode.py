@@ -26,16 +26,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_gpu import tile
+from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_gpu.ring import RingShape
 from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_gpu.tile import QUERY_TILE, Heads, Launch
 from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_gpu.work import DecodeWork
 from jaxserve.pallas_kernels.ragged_paged_attention.variant import AttentionVariant
 
 TILE = 64  # tokens of context
-
-
-def stages_for(head_dim: int) -> int:
-    """Tiles in a worker's ring, as many as shared memory holds."""
-    return 3
+_STAGES = 3  # tiles on their way to a worker, as many as shared memory holds
 
 
 def workers_per_cta(head_dim: int) -> int:
@@ -68,36 +65,31 @@ def partial_results(heads: Heads, launch: Launch) -> tuple[jax.ShapeDtypeStruct,
     )
 
 
+def ring_shape(heads: Heads) -> RingShape:
+    """What lies between a worker's two warpgroups."""
+    return RingShape(heads, TILE, _STAGES, workers_per_cta(heads.head_dim), num_consumers=1)
+
+
 def shared_memory(heads: Heads) -> tuple[tuple[plgpu.GPUMemoryRef, ...], ...]:
-    """What lies in shared memory at the same time, and takes turns there: rings of keys and of values, and
-    then queries, half a partial result with its weights, or an output."""
+    """What lies in shared memory at the same time, and takes turns there: the rings, and then queries, half a
+    partial result with its weights, or an output."""
     workers, head_dim = workers_per_cta(heads.head_dim), heads.head_dim
     transforms = tile.smem_transforms(head_dim, heads.dtype)
-    ring = plgpu.SMEM((workers * stages_for(head_dim), TILE, head_dim), heads.dtype, transforms=transforms)
+    rings = ring_shape(heads).memory()
     return (
-        (ring, ring, plgpu.SMEM((workers, TILE, head_dim), heads.dtype, transforms=transforms)),
+        (*rings, plgpu.SMEM((workers, TILE, head_dim), heads.dtype, transforms=transforms)),
         (
-            ring,
-            ring,
+            *rings,
             plgpu.SMEM((workers, TILE, head_dim // 2), jnp.float32),
             plgpu.SMEM((workers, TILE), jnp.float32),
         ),
-        (ring, ring, plgpu.SMEM((workers, TILE, head_dim), heads.dtype)),
+        (*rings, plgpu.SMEM((workers, TILE, head_dim), heads.dtype)),
     )
 
 
 def barriers(heads: Heads) -> tuple[plgpu.Barrier, ...]:
-    """Full and free slots of both rings, and the arrival of queries."""
-    workers = workers_per_cta(heads.head_dim)
-    num_slots = workers * stages_for(heads.head_dim)
-    full = plgpu.Barrier(num_arrivals=_copies(heads), num_barriers=num_slots)
-    free = plgpu.Barrier(num_barriers=num_slots)
-    return full, full, free, free, plgpu.Barrier(num_barriers=workers)
-
-
-def _copies(heads: Heads) -> int:
-    """Pages that make up a tile."""
-    return max(1, TILE // heads.page_size)
+    """Those of the rings, and the arrival of queries."""
+    return *ring_shape(heads).barriers(), plgpu.Barrier(num_barriers=workers_per_cta(heads.head_dim))
 
 
 def _weight_rows(heads: Heads) -> int:
@@ -119,15 +111,14 @@ def roles(
     """
     token_ref, length_ref, first_ref, count_ref, share_ref = work_refs
     part_ref, weight_ref = parts
-    (k_smem, v_smem, q_smem), (_, _, half_smem, weight_smem), (_, _, out_smem) = memory
-    k_full, v_full, k_free, v_free, q_full = barrier_refs
-    q_ref, kv_ref, table_ref, out_ref = tensors
-    page_size, kv_heads, group, head_dim = heads.page_size, heads.kv_heads, heads.group, heads.head_dim
+    (*ring_memory, q_smem), (*_, half_smem, weight_smem), (*_, out_smem) = memory
+    *ring_barriers, q_full = barrier_refs
+    kv_heads, group, head_dim = heads.kv_heads, heads.group, heads.head_dim
     query_rows = -(-group // 8) * 8  # whole tiles of shared memory; those too many are another group's
-    copies, stages = _copies(heads), stages_for(head_dim)
     workers = workers_per_cta(head_dim)
     pair = lax.rem(lax.axis_index("warpgroup"), workers)
     worker = lax.axis_index("cta") * workers + pair
+    ring = ring_shape(heads).open(ring_memory, ring_barriers, pair)
 
     def for_each_segment(run) -> None:
         """Calls ``run(row, head, block, num, blocks, done)`` for each row's head in this worker's share:
@@ -150,15 +141,12 @@ def roles(
         start = (jnp.int32(0), share_ref[0, worker], share_ref[1, worker], share_ref[2, worker])
         lax.while_loop(lambda carry: carry[0] < share, step, start)
 
-    def place(slot):
-        return pair * stages + slot
-
     def consume() -> None:
 
         def run(row, head, block, num, blocks, done):
             token, length, first = token_ref[row], length_ref[row], first_ref[row]
             plgpu.copy_gmem_to_smem(
-                q_ref.at[token, pl.ds(head * group, query_rows)],
+                tensors.q.at[token, pl.ds(head * group, query_rows)],
                 out_smem.at[pair, pl.ds(0, query_rows)],
                 q_full.at[pair],
                 oob_mode=plgpu.OOBFillMode.ZEROS,  # the last group's rows too many
@@ -168,28 +156,29 @@ def roles(
 
             def attend(index, carry):
                 acc, best, total = carry
-                slot = place(lax.rem(done + index, stages))
+                number = done + index
                 start = (first + block + index) * TILE
 
                 def scores_of(acc_ref):
-                    plgpu.barrier_wait(k_full.at[slot])
-                    plgpu.wgmma(acc_ref, q_smem.at[pair], k_smem.at[slot].transpose((1, 0)))
+                    keys = ring.wait(ring.keys, number)
+                    plgpu.wgmma(acc_ref, q_smem.at[pair], keys.transpose((1, 0)))
                     return acc_ref[...]
 
                 scores = pl.run_scoped(scores_of, plgpu.ACC((QUERY_TILE, TILE), jnp.float32))
-                plgpu.barrier_arrive(k_free.at[slot])
-                scores, unit = tile.capped(scores, variant)
+                ring.release(ring.keys, number)
+                scores, unit = tile.capped(ring.scaled(scores, number), variant)
                 position = start + tile.index_along(scores.shape, 1)
                 seen = position < length
                 if variant.sliding_window is not None:
                     seen &= position >= length - variant.sliding_window
                 scores = jnp.where(seen, scores, tile.MASKED)
                 weights, decay, best, total = tile.online_softmax(scores, unit, best, total)
-                plgpu.barrier_wait(v_full.at[slot])
+                weights = ring.weighted(weights, number, seen).astype(heads.dtype)
+                values = ring.wait(ring.values, number)
                 window_begin = 0 if variant.sliding_window is None else length - variant.sliding_window
-                tile.clear_outside(v_smem.at[slot], window_begin - start, length - start)
-                added = tile.multiply_registers(weights.astype(heads.dtype), v_smem.at[slot], launch)
-                plgpu.barrier_arrive(v_free.at[slot])
+                tile.clear_outside(values, window_begin - start, length - start)
+                added = tile.multiply_registers(weights, values, launch)
+                ring.release(ring.values, number)
                 return acc * tile.spread(decay, acc) + added, best, total
 
             acc, best, total = lax.fori_loop(0, num, attend, tile.empty_rows(head_dim))
@@ -202,7 +191,7 @@ def roles(
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(
                     out_smem.at[pair, pl.ds(0, group)],
-                    out_ref.at[token, pl.ds(head * group, group)],
+                    tensors.out.at[token, pl.ds(head * group, group)],
                 )
                 plgpu.wait_smem_to_gmem(0)
 
@@ -231,34 +220,16 @@ def roles(
 
         def run(row, head, block, num, blocks, done):
             length, first = length_ref[row], first_ref[row]
-            last_page = lax.div(length - 1, page_size)
+            last_page = lax.div(length - 1, heads.page_size)
 
-            def fetch(index, _):
-                slot = place(lax.rem(done + index, stages))
+            def fetch(index, carry):
                 start = (first + block + index) * TILE
-                columns = [jnp.minimum(lax.div(start, page_size) + i, last_page) for i in range(copies)]
-                pages = [table_ref[row, column] for column in columns]
-                rows_per_copy = min(TILE, page_size)
-                within = pl.ds(lax.rem(start, page_size) if page_size > TILE else 0, rows_per_copy)
-                for smem, full, free, which in ((k_smem, k_full, k_free, 0), (v_smem, v_full, v_free, 1)):
-                    pl.when(done + index >= stages)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
-                    for i, page in enumerate(pages):
-                        plgpu.copy_gmem_to_smem(
-                            kv_ref.at[page, within, 2 * head + which],
-                            smem.at[slot, pl.ds(i * rows_per_copy, rows_per_copy)],
-                            full.at[slot],
-                        )
-                return _
+                ring.fetch(done + index, tensors, row, head, start, last_page)
+                return carry
 
             lax.fori_loop(0, num, fetch, None)
 
         for_each_segment(run)
-        share = share_ref[3, worker]
-
-        @pl.loop(jnp.maximum(share - stages, 0), share)
-        def _drain(done):
-            slot = place(lax.rem(done, stages))
-            plgpu.barrier_wait(k_free.at[slot])
-            plgpu.barrier_wait(v_free.at[slot])
+        ring.finish(share_ref[3, worker])
 
     return consume, produce

@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_gpu import decode, prefill
-from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_gpu.tile import Launch, Tensors, heads_of
+from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_gpu.tile import Heads, Launch, Tensors, heads_of
 from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_gpu.work import DecodeWork, PrefillWork
 from jaxserve.pallas_kernels.ragged_paged_attention.variant import AttentionVariant
 
@@ -36,6 +36,7 @@ def can_mix(head_dim: int) -> bool:
 def attend(
     q: jax.Array,
     kv_pages: jax.Array,
+    scales: jax.Array | None,
     page_table: jax.Array,
     decodes: DecodeWork | None,
     prefills: PrefillWork | None,
@@ -47,6 +48,7 @@ def attend(
     Args:
         q: ``[tokens, q_heads, head_dim]``.
         kv_pages: ``[num_pages, page_size, 2 * kv_heads, head_dim]``, this step's keys and values included.
+        scales: float32 ``[num_pages, 2 * kv_heads, page_size]``, of an 8-bit cache.
         page_table: int32 ``[rows, max_pages]``.
         decodes: rows of one token.
         prefills: rows of several.
@@ -57,7 +59,7 @@ def attend(
     """
     tokens = q.shape[0]
     heads = heads_of(q, kv_pages)
-    operands: list[jax.Array] = [q, kv_pages, page_table]
+    operands: list[jax.Array] = [q, kv_pages, page_table, *([] if scales is None else [scales])]
     of_prefills = () if prefills is None else prefill.operands(prefills)
     of_decodes = () if decodes is None else decode.operands(decodes)
     out_types: list[jax.ShapeDtypeStruct] = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
@@ -82,10 +84,11 @@ def attend(
             return list(itertools.islice(left, count))
 
         q_ref, kv_ref, table_ref = take(3)
+        scales_ref = None if scales is None else next(left)
         prefill_work, decode_work = take(len(of_prefills)), take(len(of_decodes))
         out_ref, *parts = take(len(out_types))
         groups = iter(tuple(next(left)))
-        tensors = Tensors(q_ref, kv_ref, table_ref, out_ref)
+        tensors = Tensors(q_ref, kv_ref, scales_ref, table_ref, out_ref)
         roles = []
         if prefills is not None:
             refs_of = prefill_work, [next(groups) for _ in prefill.shared_memory(heads)]
@@ -96,7 +99,7 @@ def attend(
             own = take(len(decode.barriers(heads)))
             # First, where a CTA does both: others wait for what is left of cut rows.
             roles.insert(0, decode.roles(tensors, *refs_of, own, heads, variant, launch))
-        few, many = _registers(num_warpgroups, heads.head_dim)
+        few, many = _registers(num_warpgroups, heads)
         (changeover,) = take(1)
         thread = lax.axis_index("warpgroup")
 
@@ -137,8 +140,10 @@ def attend(
     return out[:tokens], *parts
 
 
-def _registers(num_warpgroups: int, head_dim: int) -> tuple[int, int]:
+def _registers(num_warpgroups: int, heads: Heads) -> tuple[int, int]:
     """Of a producer's and of a consumer's threads."""
+    if heads.is_coded:  # producers hold the codes that they convert
+        return (56, 200) if num_warpgroups == 4 else (56, 224)
     if num_warpgroups == 4:
         return 40, 216
-    return (40, 232) if head_dim <= 128 else (24, 240)
+    return (40, 232) if heads.head_dim <= 128 else (24, 240)

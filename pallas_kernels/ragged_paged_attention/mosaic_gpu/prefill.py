@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_gpu import tile
+from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_gpu.ring import RingShape
 from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_gpu.tile import QUERY_TILE, Heads, Launch
 from jaxserve.pallas_kernels.ragged_paged_attention.mosaic_gpu.work import PrefillWork
 from jaxserve.pallas_kernels.ragged_paged_attention.variant import AttentionVariant
@@ -50,34 +51,27 @@ def operands(work: PrefillWork) -> tuple[jax.Array, ...]:
     )
 
 
+def ring_shape(heads: Heads) -> RingShape:
+    """What lies between a CTA's producer and its consumers."""
+    return RingShape(heads, kv_tile(heads.head_dim), stages_for(heads.head_dim), 1, NUM_CONSUMERS)
+
+
 def shared_memory(heads: Heads) -> tuple[tuple[plgpu.GPUMemoryRef, ...], ...]:
-    """What lies in shared memory at the same time, and takes turns there: rings of keys and of values, and
-    then queries or outputs, in the order of tensor cores or of rows."""
+    """What lies in shared memory at the same time, and takes turns there: the ring, and then queries or
+    outputs, in the order of tensor cores or of rows."""
     transforms = tile.smem_transforms(heads.head_dim, heads.dtype)
-    ring = plgpu.SMEM(
-        (stages_for(heads.head_dim), kv_tile(heads.head_dim), heads.head_dim),
-        heads.dtype,
-        transforms=transforms,
-    )
     queries = (NUM_CONSUMERS, QUERY_TILE, heads.head_dim)
+    ring = ring_shape(heads).memory()
     return (
-        (ring, ring, plgpu.SMEM(queries, heads.dtype, transforms=transforms)),
-        (ring, ring, plgpu.SMEM(queries, heads.dtype)),
+        (*ring, plgpu.SMEM(queries, heads.dtype, transforms=transforms)),
+        (*ring, plgpu.SMEM(queries, heads.dtype)),
     )
 
 
 def barriers(heads: Heads) -> tuple[plgpu.Barrier, ...]:
-    """Full and free slots of both rings, the arrival of queries, and whose turn it is."""
-    stages = stages_for(heads.head_dim)
-    full = plgpu.Barrier(num_arrivals=_copies(heads), num_barriers=stages)
-    free = plgpu.Barrier(num_arrivals=NUM_CONSUMERS, num_barriers=stages)
+    """Those of the ring, the arrival of queries, and whose turn it is."""
     arrival, turn = plgpu.Barrier(num_barriers=NUM_CONSUMERS), plgpu.Barrier(num_arrivals=NUM_CONSUMERS)
-    return full, full, free, free, arrival, turn
-
-
-def _copies(heads: Heads) -> int:
-    """Pages that make up a tile."""
-    return max(1, kv_tile(heads.head_dim) // heads.page_size)
+    return *ring_shape(heads).barriers(), arrival, turn
 
 
 def roles(
@@ -93,13 +87,12 @@ def roles(
     tile_row_ref, tile_first_ref, start_ref, count_ref, length_ref, tiles_ref, bunch_ref, first_cta_ref = (
         work_refs
     )
-    (k_smem, v_smem, q_smem), (_, _, plain_smem) = memory
-    k_full, v_full, k_free, v_free, q_full, turn = barrier_refs
-    q_ref, kv_ref, table_ref, out_ref = tensors
+    (*ring_memory, q_smem), (*_, plain_smem) = memory
+    *ring_barriers, q_full, turn = barrier_refs
     page_size, group, head_dim = heads.page_size, heads.group, heads.head_dim
     q_heads = heads.kv_heads * group
-    block, stages = kv_tile(head_dim), stages_for(head_dim)
-    copies, rows_per_copy = _copies(heads), min(block, page_size)
+    block = kv_tile(head_dim)
+    ring = ring_shape(heads).open(ring_memory, ring_barriers, 0)
     thread = lax.axis_index("warpgroup")
     cta, num_ctas = lax.axis_index("cta") - first_cta_ref[0], launch.num_ctas - first_cta_ref[0]
     num_items = tiles_ref[0] * q_heads
@@ -153,7 +146,7 @@ def roles(
             token = start_ref[row] + first
             position = length - count + first  # of this warpgroup's first query
             plgpu.copy_gmem_to_smem(
-                q_ref.at[pl.ds(token, QUERY_TILE), head],
+                tensors.q.at[pl.ds(token, QUERY_TILE), head],
                 plain_smem.at[thread],
                 q_full.at[thread],
                 oob_mode=plgpu.OOBFillMode.ZEROS,
@@ -164,18 +157,19 @@ def roles(
 
             def attend(index, carry, *, masked):
                 acc, best, total = carry
-                slot = lax.rem(done + index - begin, stages)
+                number = done + index - begin
                 start = index * block
 
                 def scores_of(acc_ref):
-                    plgpu.barrier_wait(k_full.at[slot])
-                    plgpu.wgmma(acc_ref, q_smem.at[thread], k_smem.at[slot].transpose((1, 0)))
+                    keys = ring.wait(ring.keys, number)
+                    plgpu.wgmma(acc_ref, q_smem.at[thread], keys.transpose((1, 0)))
                     change_turns()
                     return acc_ref[...]
 
                 scores = pl.run_scoped(scores_of, plgpu.ACC((QUERY_TILE, block), jnp.float32))
-                plgpu.barrier_arrive(k_free.at[slot])
-                scores, unit = tile.capped(scores, variant)
+                ring.release(ring.keys, number)
+                scores, unit = tile.capped(ring.scaled(scores, number), variant)
+                seen = None
                 if masked:
                     ahead = start - position  # of the block's first key to the first query
                     distance = tile.index_along(scores.shape, 0) - tile.index_along(scores.shape, 1)
@@ -185,16 +179,16 @@ def roles(
                     scores = jnp.where(seen, scores, tile.MASKED)
                 weights, decay, best, total = tile.online_softmax(scores, unit, best, total)
                 acc = acc * tile.spread(decay, acc)
-                weights = weights.astype(heads.dtype)
+                weights = ring.weighted(weights, number, seen).astype(heads.dtype)
                 acc, best, total, weights = lax.optimization_barrier((acc, best, total, weights))
                 plgpu.barrier_arrive(turn)
-                plgpu.barrier_wait(v_full.at[slot])
+                values = ring.wait(ring.values, number)
                 plgpu.barrier_wait(turn)
                 if masked:
                     # Of all the CTA's queries, since its warpgroups share the tile.
-                    tile.clear_outside(v_smem.at[slot], window_begin - start, length - start)
-                acc = tile.add_product(acc, weights, v_smem.at[slot], launch)
-                plgpu.barrier_arrive(v_free.at[slot])
+                    tile.clear_outside(values, window_begin - start, length - start)
+                acc = tile.add_product(acc, weights, values, launch)
+                ring.release(ring.values, number)
                 return acc, best, total
 
             # A block that lies wholly before the first query needs no mask.
@@ -213,7 +207,7 @@ def roles(
             def _store_tiled():
                 q_smem.at[thread][...] = result
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(q_smem.at[thread], out_ref.at[pl.ds(token, QUERY_TILE), head])
+                plgpu.copy_smem_to_gmem(q_smem.at[thread], tensors.out.at[pl.ds(token, QUERY_TILE), head])
                 plgpu.wait_smem_to_gmem(0)
 
             @pl.when((left > 0) & jnp.logical_not(is_tiled))
@@ -228,7 +222,7 @@ def roles(
                         at = rows & ~(2 * size - 1)
                         plgpu.copy_smem_to_gmem(
                             plain_smem.at[thread, pl.ds(at, size)],
-                            out_ref.at[pl.ds(token + at, size), head],
+                            tensors.out.at[pl.ds(token + at, size), head],
                         )
 
                 plgpu.wait_smem_to_gmem(0)
@@ -245,28 +239,11 @@ def roles(
             kv_head = lax.div(head, group)
 
             def fetch(index, carry):
-                at = done + index - begin
-                slot = lax.rem(at, stages)
-                first_page = lax.div(index * block, page_size)
-                pages = [table_ref[row, jnp.minimum(first_page + i, last_page)] for i in range(copies)]
-                offset = lax.rem(index * block, page_size) if page_size > block else 0
-                for smem, full, free, which in ((k_smem, k_full, k_free, 0), (v_smem, v_full, v_free, 1)):
-                    pl.when(at >= stages)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
-                    for i, page in enumerate(pages):
-                        plgpu.copy_gmem_to_smem(
-                            kv_ref.at[page, pl.ds(offset, rows_per_copy), 2 * kv_head + which],
-                            smem.at[slot, pl.ds(i * rows_per_copy, rows_per_copy)],
-                            full.at[slot],
-                        )
+                ring.fetch(done + index - begin, tensors, row, kv_head, index * block, last_page)
                 return carry
 
             lax.fori_loop(begin, end, fetch, None)
 
-        total = for_each_item(run)
-
-        @pl.loop(jnp.maximum(total - stages, 0), total)
-        def _drain(at):
-            plgpu.barrier_wait(k_free.at[lax.rem(at, stages)])
-            plgpu.barrier_wait(v_free.at[lax.rem(at, stages)])
+        ring.finish(for_each_item(run))
 
     return consume, produce

@@ -41,7 +41,8 @@ class Heads(NamedTuple):
         group: query heads of each of them.
         head_dim: elements of a head.
         page_size: tokens in a page.
-        dtype: of queries, cache and output.
+        dtype: of queries and output.
+        kv_dtype: of the cache.
     """
 
     kv_heads: int
@@ -49,12 +50,19 @@ class Heads(NamedTuple):
     head_dim: int
     page_size: int
     dtype: Any
+    kv_dtype: Any
+
+    @property
+    def is_coded(self) -> bool:
+        """Whether the cache is 8-bit, and has scales."""
+        return jnp.dtype(self.kv_dtype).itemsize == 1
 
 
 def heads_of(q: jax.Array, kv_pages: jax.Array) -> Heads:
     """The sizes that arrays have."""
     kv_heads = kv_pages.shape[2] // 2
-    return Heads(kv_heads, q.shape[1] // kv_heads, q.shape[2], kv_pages.shape[1], q.dtype)
+    sizes = kv_heads, q.shape[1] // kv_heads, q.shape[2], kv_pages.shape[1]
+    return Heads(*sizes, q.dtype, kv_pages.dtype)
 
 
 class Tensors(NamedTuple):
@@ -63,12 +71,14 @@ class Tensors(NamedTuple):
     Attributes:
         q: ``[tokens, q_heads, head_dim]``.
         kv_pages: ``[num_pages, page_size, 2 * kv_heads, head_dim]``, this step's keys and values included.
+        scales: float32 ``[num_pages, 2 * kv_heads, page_size]``, of an 8-bit cache.
         page_table: int32 ``[rows, max_pages]``.
         out: like q.
     """
 
     q: Any
     kv_pages: Any
+    scales: Any
     page_table: Any
     out: Any
 

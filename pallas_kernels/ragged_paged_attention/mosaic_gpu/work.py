@@ -143,7 +143,8 @@ def _seen(metadata: AttentionMetadata, variant: AttentionVariant) -> jax.Array:
 
 def _row_bytes(heads: Heads) -> int:
     """Of one token's keys and values."""
-    return 2 * heads.kv_heads * heads.head_dim * jnp.dtype(heads.dtype).itemsize
+    scale_bytes = 4 if heads.is_coded else 0
+    return 2 * heads.kv_heads * (heads.head_dim * jnp.dtype(heads.kv_dtype).itemsize + scale_bytes)
 
 
 def share_out(
