@@ -38,7 +38,7 @@ from jaxserve.core.plan import StepPlan, StepResult
 from jaxserve.core.predictor import MeanLengthPredictor
 from jaxserve.engine.engine_core import EngineCore
 from jaxserve.engine.input_processor import RequestGroup
-from jaxserve.engine.output_processor import OutputProcessor
+from jaxserve.engine.output_processor import OutputProcessor, TrackedGroup
 from jaxserve.loading.tokenizer import SpecialTokens, Tokenizer
 from jaxserve.request import Request, SamplingParams
 
@@ -102,7 +102,7 @@ class Bench:
         self.parts = {"schedule": Part(self.scheduler.schedule), "update": Part(self.scheduler.update)}
         self.parts["prepare"] = Part(functools.partial(prepare, num_slots=running))
         self._depth = pipeline_depth
-        self.outputs = OutputProcessor(_tokenizer(), lambda request_id, stop: None)
+        self.outputs = OutputProcessor(lambda request_id, stop: None)
         # Prompts of different lengths: requests outgrow their pages at different steps.
         self._groups = [self._group(index, _PROMPT_TOKENS + index % page_size) for index in range(running)]
 
@@ -138,8 +138,9 @@ class Bench:
             pipeline_depth=self._depth,
             costs=self._costs,
         )
+        tokenizer = _tokenizer()
         for group in self._groups:
-            self.outputs.add(group, streams=True)
+            self.outputs.add(TrackedGroup(group, True, tokenizer))
             core.add(group.requests[0])
         for _ in range(_WARM_UP_STEPS):
             self.outputs.process(core.step())

@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from jaxserve import validation
+from jaxserve.errors import ValidationError
 
 
 class RequestStatus(enum.Enum):
@@ -98,6 +99,13 @@ class SamplingParams:
     def has_penalties(self) -> bool:
         """Whether any of the three penalties is in force."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+
+def checked_params(params: object) -> SamplingParams:
+    """Returns the parameters if they are any. Raises ValidationError."""
+    if not isinstance(params, SamplingParams):
+        raise ValidationError("sampling_params", params, "must be SamplingParams")
+    return params
 
 
 @dataclasses.dataclass(slots=True, eq=False)

@@ -10,7 +10,7 @@ import dataclasses
 import numbers
 import operator
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import TYPE_CHECKING, cast
 
 from jaxserve.errors import CapacityError, ValidationError
@@ -37,6 +37,7 @@ MAX_TOKENIZED_CHARS = 2**20
 MAX_DETOKENIZED_IDS = 2**18
 MAX_MESSAGES = 4096
 MAX_CACHE_SALT_CHARS = 256
+_PROMPT_FORMS = "must be a string, a list of token ids, {'prompt': text} or {'prompt_token_ids': [...]}"
 REQUEST_ID = re.compile(r"[A-Za-z0-9_.:\-]{1,128}")
 
 
@@ -87,6 +88,8 @@ def check_sampling_params(params: SamplingParams) -> None:
     _check_stop_strings(params.stop)
     _check_sequence("stop_token_ids", params.stop_token_ids, MAX_STOP_TOKEN_IDS)
     check_token_ids("stop_token_ids", params.stop_token_ids)
+    for field in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
+        _check_bool(field, getattr(params, field))
 
 
 def check_request_id(request_id: object) -> str:
@@ -96,12 +99,31 @@ def check_request_id(request_id: object) -> str:
     return request_id
 
 
+def check_prompt(prompt: object) -> str | Sequence[int]:
+    """Returns a prompt's text, checked, or its token ids, not checked yet. Raises ValidationError."""
+    inner = prompt
+    if isinstance(prompt, Mapping):
+        name = next(iter(prompt)) if len(prompt) == 1 else None
+        if name not in ("prompt", "prompt_token_ids"):
+            raise ValidationError("prompt", dict(prompt), _PROMPT_FORMS)
+        inner = prompt[name]
+        if isinstance(inner, str) != (name == "prompt"):
+            raise ValidationError(name, inner, _PROMPT_FORMS)
+    if isinstance(inner, str):
+        return check_prompt_text(inner)
+    if (
+        isinstance(inner, bytes | bytearray | memoryview | Mapping | Set)
+        or not hasattr(inner, "__len__")
+        or not hasattr(inner, "__getitem__")
+    ):
+        raise ValidationError("prompt", inner, _PROMPT_FORMS)
+    return cast(Sequence[int], inner)
+
+
 def check_prompt_text(text: object) -> str:
     """Returns the text if it can be tokenised. Raises ValidationError."""
     if not isinstance(text, str):
-        raise ValidationError(
-            "prompt", text, "must be a string, a list of token ids or {'prompt_token_ids': [...]}"
-        )
+        raise ValidationError("prompt", text, _PROMPT_FORMS)
     if not text:
         raise ValidationError("prompt", text, "must not be empty")
     if len(text) > MAX_PROMPT_CHARS:
@@ -217,6 +239,11 @@ def _check_int(field: str, value: object, low: int, high: int) -> None:
         number = low - 1
     if not low <= number <= high:
         raise ValidationError(field, value, f"must be an integer in [{low}, {high}]")
+
+
+def _check_bool(field: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ValidationError(field, value, "must be True or False")
 
 
 def _check_float(field: str, value: object, low: float, high: float, *, above_low: bool = False) -> None:

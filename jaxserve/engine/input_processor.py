@@ -7,18 +7,16 @@ import itertools
 import operator
 import random
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 from jaxserve import validation
-from jaxserve.errors import CapacityError, ValidationError
+from jaxserve.errors import CapacityError
 from jaxserve.loading.tokenizer import Tokenizer
-from jaxserve.request import Request, SamplingParams
+from jaxserve.request import Request, SamplingParams, checked_params
 
 type TokenIds = Sequence[int]
 type Prompt = str | TokenIds | Mapping[str, Any]
 type Messages = Sequence[Mapping[str, Any]]
-
-_PROMPT_FORMS = "must be a string, a list of token ids, {'prompt': ...} or {'prompt_token_ids': [...]}"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -61,19 +59,12 @@ class InputProcessor:
         return self._group(text, token_ids, params, **options)
 
     def _encode_prompt(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        if isinstance(prompt, Mapping):
-            if len(prompt) != 1 or next(iter(prompt)) not in ("prompt", "prompt_token_ids"):
-                raise ValidationError("prompt", dict(prompt), _PROMPT_FORMS)
-            prompt = next(iter(prompt.values()))
-        if isinstance(prompt, str):
-            text = validation.check_prompt_text(prompt)
-            self._check_fewest_tokens("prompt", text)
-            return text, self.tokenizer.encode(text)
-        if isinstance(prompt, bytes) or not hasattr(prompt, "__len__") or not hasattr(prompt, "__getitem__"):
-            raise ValidationError("prompt", prompt, _PROMPT_FORMS)
-        token_ids = cast(Sequence[int], prompt)
-        validation.check_prompt_token_ids(token_ids, self.limits)
-        return None, [operator.index(token_id) for token_id in token_ids]
+        checked = validation.check_prompt(prompt)
+        if isinstance(checked, str):
+            self._check_fewest_tokens("prompt", checked)
+            return checked, self.tokenizer.encode(checked)
+        validation.check_prompt_token_ids(checked, self.limits)
+        return None, [operator.index(token_id) for token_id in checked]
 
     def _check_fewest_tokens(self, field: str, text: str) -> None:
         validation.check_fewest_tokens(field, text, self.tokenizer.fewest_tokens(text), self.limits)
@@ -92,6 +83,7 @@ class InputProcessor:
     ) -> RequestGroup:
         """Resolves what the parameters leave open, and makes one request a completion."""
         validation.check_prompt_token_ids(token_ids, self.limits)
+        checked_params(params)
         validation.check_params_against_model(params, self.limits)
         validation.check_priority(priority)
         validation.check_client(client)

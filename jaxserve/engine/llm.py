@@ -6,7 +6,7 @@ import html
 import numbers
 import queue
 import weakref
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence, Set
 from typing import Any, Self, cast
 
 from tqdm import tqdm
@@ -232,9 +232,9 @@ class LLM:
 
 def _listed(prompts: Any) -> list[Prompt]:
     """One prompt or several as a list; numpy's arrays and integers are lists and integers, too."""
-    if isinstance(prompts, str | bytes | Mapping):
+    if isinstance(prompts, str | bytes | bytearray | memoryview | Mapping):
         return [cast(Prompt, prompts)]
-    if not isinstance(prompts, Iterable):
+    if not isinstance(prompts, Iterable) or isinstance(prompts, Set):
         raise ValidationError("prompts", prompts, "must be a prompt or a list of prompts")
     items = list(cast(Iterable[Any], prompts))
     return [items] if items and isinstance(items[0], numbers.Integral) else items
@@ -243,8 +243,10 @@ def _listed(prompts: Any) -> list[Prompt]:
 def _params_for[T](
     items: list[T], params: SamplingParams | Sequence[SamplingParams] | None, default: SamplingParams
 ) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or default] * len(items)
+    if params is None:
+        return [default] * len(items)
+    if not isinstance(params, Sequence):
+        return [params] * len(items)  # one for all, if it is one
     if len(params) != len(items):
         raise ValidationError(
             "sampling_params", f"<{len(params)} entries>", f"must have one entry a prompt ({len(items)})"

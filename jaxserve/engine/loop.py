@@ -17,7 +17,7 @@ from typing import Any
 from jaxserve.core.updates import StepUpdates
 from jaxserve.engine.engine_core import EngineCore
 from jaxserve.engine.input_processor import RequestGroup
-from jaxserve.engine.output_processor import OutputProcessor
+from jaxserve.engine.output_processor import OutputProcessor, TrackedGroup
 from jaxserve.errors import DuplicateRequestError, EngineClosedError, QueueFullError
 from jaxserve.loading.tokenizer import Tokenizer
 from jaxserve.outputs import RequestOutput
@@ -37,7 +37,8 @@ class EngineLoop:
 
     def __init__(self, core: EngineCore[Any], tokenizer: Tokenizer, max_alive: int) -> None:
         self._core = core
-        self._outputs = OutputProcessor(tokenizer, self._end_at_stop_string)
+        self._tokenizer = tokenizer
+        self._outputs = OutputProcessor(self._end_at_stop_string)
         self._max_alive = max_alive
         self._commands: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
@@ -70,6 +71,7 @@ class EngineLoop:
             DuplicateRequestError: a group of this id is alive.
             QueueFullError: too many requests are alive.
         """
+        tracked = TrackedGroup(group, streams, self._tokenizer)
         with self._wake:
             if self._refusal is not None:
                 raise EngineClosedError(self._refusal)
@@ -82,7 +84,7 @@ class EngineLoop:
                 )
             self._mailboxes[group.id] = mailbox
             self._num_alive += len(group.requests)
-            self._commands.append(lambda: self._add(group, streams))
+            self._commands.append(lambda: self._add(tracked))
             self._wake.notify()
 
     def abort(self, group_id: str, *, only: RequestGroup | None = None) -> None:
@@ -167,9 +169,9 @@ class EngineLoop:
                 if not self._commands and not self._closing:
                     self._wake.wait(_IDLE_POLL_S)
 
-    def _add(self, group: RequestGroup, streams: bool) -> None:
-        self._outputs.add(group, streams=streams)
-        for request in group.requests:
+    def _add(self, tracked: TrackedGroup) -> None:
+        self._outputs.add(tracked)
+        for request in tracked.group.requests:
             self._core.add(request)
 
     def _abort(self, group_id: str, only: RequestGroup | None) -> None:

@@ -96,12 +96,16 @@ class _Completion:
         return best
 
 
-class _Group:
-    """One prompt's completions."""
+class TrackedGroup:
+    """One prompt's completions.
+
+    Made by the caller's thread: what goes wrong with one request is its caller's, not the engine's.
+    """
 
     __slots__ = ("_metrics", "completions", "group", "num_open", "streams")
 
     def __init__(self, group: RequestGroup, streams: bool, tokenizer: Tokenizer) -> None:
+        """With ``streams`` every step's progress is reported, else only the end."""
         self.group = group
         self.streams = streams
         self.completions = [_Completion(request, i, tokenizer) for i, request in enumerate(group.requests)]
@@ -142,16 +146,14 @@ class _Group:
 class OutputProcessor:
     """Keeps the outputs of live groups. Used by the engine's thread only."""
 
-    def __init__(self, tokenizer: Tokenizer, end_request: EndRequest) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, end_request: EndRequest) -> None:
         self._end_request = end_request
-        self._groups: dict[str, _Group] = {}
-        self._by_request: dict[Request, tuple[_Group, _Completion]] = {}
+        self._groups: dict[str, TrackedGroup] = {}
+        self._by_request: dict[Request, tuple[TrackedGroup, _Completion]] = {}
 
-    def add(self, group: RequestGroup, *, streams: bool) -> None:
-        """Starts tracking a group; with ``streams`` every step's progress is reported, else only the end."""
-        state = _Group(group, streams, self._tokenizer)
-        self._groups[group.id] = state
+    def add(self, state: TrackedGroup) -> None:
+        """Starts tracking a group."""
+        self._groups[state.group.id] = state
         for completion in state.completions:
             self._by_request[completion.request] = (state, completion)
 
@@ -164,7 +166,7 @@ class OutputProcessor:
 
     def process(self, updates: StepUpdates) -> list[RequestOutput]:
         """Applies a step's updates; returns the outputs that their callers should see now."""
-        touched: dict[_Group, None] = {}
+        touched: dict[TrackedGroup, None] = {}
         for request, token_id, logprobs in updates.tokens():
             entry = self._by_request.get(request)
             if entry is None:
@@ -188,7 +190,7 @@ class OutputProcessor:
                 del self._groups[group.group.id]
         return outputs
 
-    def _finish(self, request: Request, reason: FinishReason | None, stop: int | str | None) -> _Group:
+    def _finish(self, request: Request, reason: FinishReason | None, stop: int | str | None) -> TrackedGroup:
         group, completion = self._by_request.pop(request)
         completion.finish(reason, stop)
         group.num_open -= 1

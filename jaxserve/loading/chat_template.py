@@ -97,18 +97,18 @@ def check_messages(messages: object) -> list[dict[str, Any]]:
         if not isinstance(message, Mapping):
             raise ValidationError("messages", message, "each must be a mapping with 'role' and 'content'")
         role, content = message.get("role"), message.get("content")
-        if role not in ROLES:
+        if not isinstance(role, str) or role not in ROLES:
             raise ValidationError("messages", message, f"'role' must be one of {', '.join(ROLES)}")
         if not isinstance(content, str):
             raise ValidationError("messages", message, "'content' must be a string")
-        total += len(content)
+        texts = [value for value in message.values() if isinstance(value, str)]
+        total += sum(map(len, texts))
         if total > _MAX_CONTENT_CHARS:
             raise ValidationError(
                 "messages", f"over {total} characters", f"at most {_MAX_CONTENT_CHARS} together"
             )
-        for value in message.values():
-            if isinstance(value, str):
-                check_unicode("messages", value)
+        for text in texts:
+            check_unicode("messages", text)
         checked.append({str(key): value for key, value in message.items()})
     return checked
 

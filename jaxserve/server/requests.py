@@ -15,7 +15,7 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 
 from jaxserve import validation
 from jaxserve.errors import ValidationError
-from jaxserve.request import SamplingParams
+from jaxserve.request import SamplingParams, checked_params
 from jaxserve.server.protos.jaxserve.v1 import inference_pb2 as pb
 
 GROUPS = ("sampling", "decoding", "stopping", "response")
@@ -59,15 +59,11 @@ def prompt_to_request(prompt: str | Sequence[int] | Mapping[str, Any]) -> pb.Gen
     Raises:
         ValidationError: if it is none of these or does not fit the wire's types.
     """
-    if isinstance(prompt, Mapping):
-        known = {"prompt_token_ids", "prompt"} & prompt.keys()
-        if len(known) != 1 or len(prompt) != 1:
-            raise ValidationError("prompt", prompt, "must have the one key 'prompt' or 'prompt_token_ids'")
-        return prompt_to_request(prompt[known.pop()])
-    if isinstance(prompt, str):
-        return pb.GenerateRequest(text=validation.check_prompt_text(prompt))
+    checked = validation.check_prompt(prompt)
+    if isinstance(checked, str):
+        return pb.GenerateRequest(text=checked)
     try:
-        return pb.GenerateRequest(token_ids=pb.TokenIds(ids=prompt))
+        return pb.GenerateRequest(token_ids=pb.TokenIds(ids=checked))
     except (TypeError, ValueError) as error:  # ids beyond 64 bits, not a list of integers
         raise ValidationError("prompt", prompt, f"must be a text or a list of token ids ({error})") from None
 
@@ -94,6 +90,7 @@ def chat_from_proto(chat: pb.Chat) -> list[dict[str, str]]:
 
 def set_params(request: pb.GenerateRequest, params: SamplingParams) -> None:
     """Writes every parameter that has a value, defaults included, so that both ends agree on them."""
+    checked_params(params)
     request.stopping.unlimited = params.max_tokens is None
     for group, names in _GROUP_PARAMS.items():
         message = getattr(request, group)

@@ -77,8 +77,10 @@ def open_channel(api: Any, target: str, config: ConnectionConfig, options: Any =
         options: gRPC's own.
 
     Raises:
-        ConfigError: for files that are missing or do not fit.
+        ConfigError: for no address, and for files that are missing or do not fit.
     """
+    if not target:
+        raise ConfigError("server='': must be host:port")
     if not config.uses_tls:
         return api.insecure_channel(target, options=options)
     key = cert = None

@@ -223,6 +223,7 @@ def test_server_flags() -> None:
         (["health", "--tls-key", "x"], "tls_key='x': needs its tls_cert"),
         (["generate", "x", "--server", "127.0.0.1:9"], "no jaxserve server answers at 127.0.0.1:9"),
         (["chat", "x", "--server", "127.0.0.1:9"], "no jaxserve server answers at 127.0.0.1:9"),
+        (["generate", "x", "--server", ""], "server='': must be host:port"),
         (["generate", "x", "--page-size", "3"], "page_size=3"),
         (["convert", "only-one"], "the following arguments are required: DST"),
         (["pull"], "the following arguments are required: name"),

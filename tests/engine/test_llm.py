@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import signal
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
@@ -153,6 +154,12 @@ def test_an_empty_list_is_no_prompts_and_one_in_a_list_is_an_empty_prompt() -> N
         ([np.array([1, 2])], "prompt_token_ids"),
         ([np.bool_(True)], "prompt_token_ids"),
         ([7] * 512, "prompt_token_ids"),
+        ({"prompt": [1, 2]}, "prompt"),
+        ({"prompt_token_ids": "ab"}, "prompt_token_ids"),
+        ({"prompt_token_ids": {5: 1}}, "prompt"),
+        ({1, 2}, "prompt"),
+        (bytearray(b"ab"), "prompt"),
+        (memoryview(b"ab"), "prompt"),
     ],
 )
 def test_bad_prompts_name_the_field_and_hurt_nobody(prompt: object, field: str) -> None:
@@ -163,6 +170,42 @@ def test_bad_prompts_name_the_field_and_hurt_nobody(prompt: object, field: str) 
         assert caught.value.field == field
         good = llm.generate([[1]], SamplingParams(max_tokens=3, seed=0), use_tqdm=False)[0]
         assert good.outputs[0].token_ids == expected_tokens([1], 0, 3, 256)
+
+
+@pytest.mark.parametrize("params", [{"temperature": 1.0}, 5, "x", SamplingParams, [None]])
+def test_what_are_no_parameters_is_refused(params: Any) -> None:
+    engine, _ = make_engine()
+    with LLM.from_engine(engine) as llm:
+        for call in (
+            lambda: llm.generate([[1]], params, use_tqdm=False),
+            lambda: next(llm.stream([1], params)),
+            lambda: llm.chat([{"role": "user", "content": "x"}], params, use_tqdm=False),
+        ):
+            with pytest.raises(ValidationError, match=r"^sampling_params=.*: must be SamplingParams$"):
+                call()
+
+
+def test_sets_have_no_order_so_they_are_no_list_of_prompts() -> None:
+    engine, _ = make_engine()
+    with LLM.from_engine(engine) as llm, pytest.raises(ValidationError, match=r"^prompts=\{'a'\}: must be a"):
+        llm.generate({"a"}, use_tqdm=False)  # type: ignore[arg-type]
+
+
+def test_a_request_that_cannot_be_followed_is_its_callers_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is made ready on its caller's thread: the engine does not hear of it."""
+    engine, _ = make_engine()
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("no detokenizer")
+
+    with LLM.from_engine(engine) as llm:
+        with monkeypatch.context() as patch:
+            patch.setattr(type(engine.tokenizer), "stream", broken)
+            with pytest.raises(RuntimeError, match="no detokenizer"):
+                llm.generate([[1]], use_tqdm=False)
+        good = llm.generate([[1]], SamplingParams(max_tokens=3, seed=0), use_tqdm=False)[0]
+        assert good.outputs[0].token_ids == expected_tokens([1], 0, 3, 256)
+        assert engine.loop.num_alive == 0
 
 
 def test_a_prompt_too_long_is_a_capacity_error() -> None:
@@ -216,6 +259,9 @@ def test_bad_parameters_name_the_field(bad: Bad) -> None:
         ({"stop_token_ids": list(range(10**5))}, "stop_token_ids"),
         ({"stop_token_ids": 5}, "stop_token_ids"),
         ({"logit_bias": [1]}, "logit_bias"),
+        ({"ignore_eos": "no"}, "ignore_eos"),
+        ({"include_stop_str_in_output": None}, "include_stop_str_in_output"),
+        ({"skip_special_tokens": np.array([1, 2])}, "skip_special_tokens"),
     ],
 )
 def test_what_only_python_can_say_is_refused_by_name(options: dict[str, object], field: str) -> None:

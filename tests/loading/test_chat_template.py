@@ -2,6 +2,7 @@
 
 import time
 
+import numpy as np
 import pytest
 
 from jaxserve.errors import ValidationError
@@ -110,7 +111,9 @@ def test_braces_in_a_message_are_text():
         [{"role": "user", "content": ["x"]}],
         [{"role": "user", "content": "x"}] * 5000,
         [{"role": "user", "content": "x" * 5_000_000}],
+        [{"role": "user", "content": "x", "name": "x" * 5_000_000}],
         [{"role": ["user"], "content": "x"}],
+        [{"role": np.array(["user", "tool"]), "content": "x"}],
     ],
     ids=lambda messages: repr(messages)[:40],
 )

@@ -202,8 +202,12 @@ async def test_text_and_ids_that_the_wire_cannot_hold(client: AsyncClient, targe
     for messages in (None, "hi", {"role": "user", "content": "x"}, 5):
         with pytest.raises(ValidationError, match=r"^messages=.*: must be a list"):
             await client.chat(cast(Any, messages))
-    with pytest.raises(ValidationError, match=r"^prompt_token_ids=\[\]: must hold at least one token"):
-        await client.generate(cast(Any, None))
+    for prompt in (None, b"x", {1, 2}, {"prompt": [1]}, {"prompt_token_ids": {5: 1}}):
+        with pytest.raises(ValidationError, match=r"^prompt=.*: must be a string, a list of token ids, "):
+            await client.generate(cast(Any, prompt))
+    for params in ({"temperature": 1.0}, 5, "x"):
+        with pytest.raises(ValidationError, match=r"^sampling_params=.*: must be SamplingParams$"):
+            await client.generate("x", cast(Any, params))
     async with AsyncClient(target, model="\ud800") as other:
         for call in (other.generate("x"), other.tokenize("x"), other.detokenize([1])):
             with pytest.raises(ValidationError, match=rf"^model='\\ud800': {refused}"):
