@@ -77,7 +77,7 @@ def slot_waste_share(table: SlotTable) -> float:
 
 
 def step_metrics(steps: list[TimedStep]) -> dict[str, tuple[float, str]]:
-    """Mean milliseconds of decode steps and of steps with prefill; the latter's share of steps and of time."""
+    """Mean milliseconds of a decode step and of one with prefill; the latter's share of steps and of time."""
     decode, mixed = (
         [step.seconds for step in steps if step.bucket.is_decode is is_decode] for is_decode in (True, False)
     )
