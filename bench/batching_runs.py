@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import statistics
 import time
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from bench.real_engine import check_lengths, generate
 from bench.workloads import Item, Workload
 from jaxserve.config import Batching, EngineConfig
 from jaxserve.core.batch import StepBatch
-from jaxserve.core.plan import StepPlan, StepResult
+from jaxserve.core.plan import Bucket, StepPlan, StepResult
 from jaxserve.engine.build import LoadedModel, load_model, make_core, make_engine, make_runner
 from jaxserve.runner.model_runner import ModelRunner, StepHandle
 from jaxserve.runner.resolve import ResolvedConfig
@@ -27,6 +28,13 @@ _LOG = logging.getLogger(__name__)
 type SlotTable = npt.NDArray[np.int32]
 
 
+class TimedStep(NamedTuple):
+    """One step: its shape, and the seconds from its launch, or its predecessor's end, to its result."""
+
+    bucket: Bucket
+    seconds: float
+
+
 class Recorder:
     """An executor that passes everything on to a runner, and keeps the plans and when their tokens came."""
 
@@ -34,16 +42,23 @@ class Recorder:
         self._runner = runner
         self.plans: list[StepPlan] = []
         self.token_times: list[tuple[float, int]] = []
+        self.steps: list[TimedStep] = []
+        self._last_end = 0.0
 
     def dispatch(self, batch: StepBatch) -> StepHandle:
         self.plans.append(batch.plan)
+        if len(self.plans) - len(self.steps) == 1:  # nothing was running
+            self._last_end = time.monotonic()
         return self._runner.dispatch(batch)
 
     def collect(self, handle: StepHandle) -> StepResult:
         result = self._runner.collect(handle)
+        now = time.monotonic()
+        self.steps.append(TimedStep(handle.plan.bucket, now - self._last_end))
+        self._last_end = now
         for decode_step in range(len(result.token_ids)):
             rows = sum(row.samples and row.num_tokens > decode_step for row in handle.plan.rows)
-            self.token_times.append((time.monotonic(), rows))
+            self.token_times.append((now, rows))
         return result
 
 
@@ -61,6 +76,19 @@ def slot_waste_share(table: SlotTable) -> float:
     return float((table == IDLE).mean()) if table.size else 0.0
 
 
+def step_metrics(steps: list[TimedStep]) -> dict[str, tuple[float, str]]:
+    """Mean milliseconds of a decode step and of one with prefill; the latter's share of steps and of time."""
+    decode, mixed = (
+        [step.seconds for step in steps if step.bucket.is_decode is is_decode] for is_decode in (True, False)
+    )
+    return {
+        "decode_step_ms": (1e3 * statistics.fmean(decode or [0.0]), "ms"),
+        "mixed_step_ms": (1e3 * statistics.fmean(mixed or [0.0]), "ms"),
+        "mixed_steps_share": (len(mixed) / max(len(steps), 1), "share"),
+        "mixed_time_share": (sum(mixed) / max(sum(decode + mixed), 1e-9), "share"),
+    }
+
+
 class Run(NamedTuple):
     """One run of a workload."""
 
@@ -69,12 +97,14 @@ class Run(NamedTuple):
     times: list[RequestTimes]
     slots: SlotTable
     token_times: list[tuple[float, int]]
+    steps: list[TimedStep]
 
     def metrics(self) -> dict[str, tuple[float, str]]:
         """Name -> (value, unit)."""
         return summary(self.times) | {
             "steady_tok_s": (steady_throughput(self.token_times, self.times), "tokens/s"),
             "slot_waste_share": (slot_waste_share(self.slots), "share"),
+            **step_metrics(self.steps),
         }
 
 
@@ -120,7 +150,12 @@ class Runners:
         check_lengths(workload, outputs)
         times = [request_times(output) for output in outputs]
         run = Run(
-            mode, batch_size, times, slot_table(recorder.plans, resolved.num_slots), recorder.token_times
+            mode,
+            batch_size,
+            times,
+            slot_table(recorder.plans, resolved.num_slots),
+            recorder.token_times,
+            recorder.steps,
         )
         _LOG.info("%s, batch %d, %s: %s", mode, batch_size, workload.name, run.metrics())
         return run

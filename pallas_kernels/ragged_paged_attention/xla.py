@@ -30,9 +30,11 @@ from jaxserve.pallas_kernels.ragged_paged_attention.metadata import (
 )
 from jaxserve.pallas_kernels.ragged_paged_attention.variant import AttentionVariant
 
-# Tokens of context per iteration, and queries per block of a chunk; measured, see README.md.
+# Tokens of context per iteration, and queries per block of a chunk; measured, see README.md. Small steps have
+# short chunks, for which a large block would be padding for the most part.
 _KV_BLOCK_TOKENS = 128
 _QUERY_BLOCK_TOKENS = 64
+_SMALLEST_QUERY_BLOCK = 16
 # Of single queries in float32: what a row has too little for a block is copied for nothing.
 _SMALL_KV_BLOCK_TOKENS = 64
 # Rows of one token that walk together, at least, and how many such batches there are at most.
@@ -137,7 +139,7 @@ def _attend_chunks(
 ) -> jax.Array:
     """The rows of more than one token, block after block; zeros for all other tokens, ``[tokens, ...]``."""
     num_tokens = q.shape[0]
-    size = min(_QUERY_BLOCK_TOKENS, num_tokens)
+    size = min(_QUERY_BLOCK_TOKENS, max(_SMALLEST_QUERY_BLOCK, num_tokens // 4), num_tokens)
     starts = metadata.cu_q_lens[:-1]
     counts = metadata.cu_q_lens[1:] - starts
     blocks_of_row = jnp.where(counts > 1, (counts + size - 1) // size, 0)

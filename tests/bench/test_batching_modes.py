@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from bench.batching_modes import main, make_parser
-from bench.batching_runs import IDLE, MODES, slot_table, slot_waste_share
+from bench.batching_runs import IDLE, MODES, TimedStep, slot_table, slot_waste_share, step_metrics
 from bench.results import read_results
-from jaxserve.core.plan import StepPlan
+from jaxserve.core.plan import Bucket, StepPlan
 from tests.support.engine_parts import make_core, make_request, run_to_end
 from tests.support.fake_executor import FakeExecutor
 
@@ -46,6 +46,16 @@ def test_no_steps_waste_nothing() -> None:
     assert slot_waste_share(slot_table([], 4)) == 0.0
 
 
+def test_steps_are_told_apart() -> None:
+    decode, mixed = Bucket(32, 32), Bucket(64, 32)
+    steps = [TimedStep(decode, 0.06), TimedStep(decode, 0.08), TimedStep(mixed, 0.06)]
+    values = {name: value for name, (value, _) in step_metrics(steps).items()}
+    assert values == pytest.approx(
+        {"decode_step_ms": 70.0, "mixed_step_ms": 60.0, "mixed_steps_share": 1 / 3, "mixed_time_share": 0.3}
+    )
+    assert set(step_metrics([])) == set(values)
+
+
 def test_modes_always_include_the_base(capsys: pytest.CaptureFixture[str]) -> None:
     assert make_parser().parse_args(["--modes", "continuous"]).modes == ("static", "continuous")
     assert make_parser().parse_args([]).modes == MODES
@@ -77,6 +87,10 @@ def test_end_to_end_on_a_tiny_model(tiny_model: Path, traces: Path, tmp_path: Pa
         "e2e_p50_s",
         "e2e_p99_s",
         "slot_waste_share",
+        "decode_step_ms",
+        "mixed_step_ms",
+        "mixed_steps_share",
+        "mixed_time_share",
         "best_batch",
     }
     for mode in MODES:
