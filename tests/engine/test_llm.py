@@ -367,6 +367,21 @@ def test_a_broken_scheduler_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatc
         )
 
 
+def test_an_engine_that_cannot_take_a_request_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, _ = make_engine()
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("lost count")
+
+    with LLM.from_engine(engine) as llm:
+        monkeypatch.setattr(engine.loop.core, "add", broken)
+        output = llm.generate([[1]], use_tqdm=False)[0].outputs[0]
+        assert (output.finish_reason, output.error) == (
+            FinishReason.ERROR,
+            "the engine failed: RuntimeError: lost count",
+        )
+
+
 def test_what_was_checked_cannot_be_changed() -> None:
     bias, ends = {1: 1.0}, [3]
     params = SamplingParams(logit_bias=bias, stop_token_ids=ends)
