@@ -11,6 +11,7 @@ from typing import Any
 
 from jaxserve import validation
 from jaxserve.errors import CapacityError
+from jaxserve.loading.chat_template import unquoted
 from jaxserve.loading.tokenizer import Tokenizer
 from jaxserve.request import Request, SamplingParams, checked_params
 
@@ -56,7 +57,7 @@ class InputProcessor:
         text = self.tokenizer.render_chat(messages)
         self._check_fewest_tokens("messages", text)
         token_ids = self.tokenizer.encode(text, add_special_tokens=False, parse_special=True)
-        return self._group(text, token_ids, params, **options)
+        return self._group(unquoted(text), token_ids, params, **options)
 
     def _encode_prompt(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         checked = validation.check_prompt(prompt)

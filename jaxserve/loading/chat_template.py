@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import minijinja
@@ -25,6 +25,10 @@ _BASE_FUEL = 100_000
 _MAX_TEMPLATE_CHARS = 65_536
 _MAX_CONTENT_CHARS = 4 * 2**20
 _MAX_OUTPUT_CHARS = 8 * 2**20
+# Noncharacters, which no text has: what is between them stays text, whatever it spells.
+_OPEN, _CLOSE = "\ufdd0", "\ufdd1"
+_QUOTED = re.compile(f"{_OPEN}(.*?){_CLOSE}", re.DOTALL)
+_QUOTE = re.compile(f"[{_OPEN}{_CLOSE}]")
 _GENERATION_TAG = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")  # marks training targets; prints nothing
 
 
@@ -35,6 +39,7 @@ def render(
     add_generation_prompt: bool = True,
     tools: Sequence[Mapping[str, Any]] | None = None,
     special_tokens: Mapping[str, str] | None = None,
+    quote: Callable[[str], str] = str,
 ) -> str:
     """The prompt of a conversation, as `transformers` renders it.
 
@@ -44,6 +49,7 @@ def render(
         add_generation_prompt: end with the opening of the assistant's answer.
         tools: JSON schemas of functions, for templates that know them.
         special_tokens: ``bos_token``, ``eos_token``, ... for the template.
+        quote: is given every text of messages and tools, and returns what the template sees.
 
     Raises:
         ValidationError: for bad messages, and for a template that is broken, refuses them or runs too long.
@@ -64,9 +70,9 @@ def render(
     try:
         text = environment.render_str(
             _GENERATION_TAG.sub("", template),
-            messages=checked,
+            messages=_with_quotes(checked, quote),
             add_generation_prompt=add_generation_prompt,
-            tools=tools,
+            tools=_with_quotes(tools, quote),
             **(special_tokens or {}),
         )
     except _RefusedError as error:
@@ -111,6 +117,38 @@ def check_messages(messages: object) -> list[dict[str, Any]]:
             check_unicode("messages", text)
         checked.append({str(key): value for key, value in message.items()})
     return checked
+
+
+def quoted(text: str, pattern: re.Pattern[str] | None) -> str:
+    """A text with what the pattern finds in it between quotes. Quotes of its own become U+FFFD."""
+    text = _QUOTE.sub("\ufffd", text)
+    return text if pattern is None else pattern.sub(f"{_OPEN}\\g<0>{_CLOSE}", text)
+
+
+def has_quotes(text: str) -> bool:
+    """Whether anything in a rendered prompt is between quotes."""
+    return _OPEN in text
+
+
+def split_at_quotes(text: str) -> list[str]:
+    """The parts of a rendered prompt; every second one was between quotes."""
+    return _QUOTED.split(text)
+
+
+def unquoted(text: str) -> str:
+    """A rendered prompt without its quotes."""
+    return _QUOTE.sub("", text)
+
+
+def _with_quotes(value: Any, quote: Callable[[str], str]) -> Any:
+    """A value with every text in it quoted, but not the keys of mappings."""
+    if isinstance(value, str):
+        return quote(value)
+    if isinstance(value, Mapping):
+        return {key: _with_quotes(inner, quote) for key, inner in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, bytes):
+        return [_with_quotes(inner, quote) for inner in value]
+    return value
 
 
 class _RefusedError(Exception):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any, final
 import tokenizers
 
 from jaxserve.errors import CheckpointError, ValidationError
-from jaxserve.loading.chat_template import render
+from jaxserve.loading.chat_template import has_quotes, quoted, render, split_at_quotes, unquoted
 from jaxserve.loading.detokenizer import IncrementalDetokenizer, join_pieces, piece_tables
 from jaxserve.loading.gguf_file import GGUFFile
 from jaxserve.loading.gguf_tokenizer import gguf_tokenizer
@@ -49,6 +51,9 @@ class Tokenizer:
         self._tables = piece_tables(backend, vocab)
         self._bound = token_bound(backend, vocab)
         self._lock = threading.Lock()
+        added = backend.get_added_tokens_decoder().values()
+        spelled = sorted((token.content for token in added if token.special), key=len, reverse=True)
+        self._spelled = re.compile("|".join(map(re.escape, spelled))) if spelled else None
         # Limits in a tokenizer.json are for training; a cut prompt would be a silent error.
         backend.no_truncation()
         backend.no_padding()
@@ -78,17 +83,27 @@ class Tokenizer:
             text: any string; lone surrogates become replacement characters.
             add_special_tokens: put the model's own tokens around it (BOS, where the model has one).
             parse_special: ``<|im_end|>`` and the like in the text are the special tokens (what a rendered
-                chat template needs), not text that spells them (what a user's text should be).
+                chat template needs, and gives `render_chat`), not text that spells them (what a user's text
+                should be).
         """
         clean = text.encode("utf-8", "replace").decode("utf-8") if _has_surrogates(text) else text
+        if not (parse_special and has_quotes(clean)):
+            return self._encode(clean, add_special_tokens, parse_special)
+        ids: list[int] = []
+        for index, part in enumerate(split_at_quotes(clean)):
+            if part or index == 0:
+                ids += self._encode(part, add_special_tokens and index == 0, index % 2 == 0)
+        return ids
+
+    def _encode(self, text: str, add_special_tokens: bool, parse_special: bool) -> list[int]:
         with self._lock:  # the switch belongs to the shared backend
             if self._backend.encode_special_tokens == parse_special:
                 self._backend.encode_special_tokens = not parse_special
-            return self._backend.encode(clean, add_special_tokens=add_special_tokens).ids
+            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def fewest_tokens(self, text: str) -> int:
         """A lower bound of ``len(encode(text))``, at next to no cost; 0 where none is known."""
-        return 0 if self._bound is None else self._bound.fewest_tokens(text)
+        return 0 if self._bound is None else self._bound.fewest_tokens(unquoted(text))
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of ids; bytes that are not UTF-8 become replacement characters."""
@@ -104,6 +119,9 @@ class Tokenizer:
     ) -> str:
         """The prompt of a conversation by the model's own template; encode it with ``parse_special``.
 
+        Special tokens that a message spells stay text, unlike in `transformers`, so that nobody ends a
+        message from within it: they are put between quotes (`chat_template`), which `encode` takes away.
+
         Raises:
             ValidationError: for bad messages, or if the model has no template or it refuses them.
         """
@@ -117,6 +135,7 @@ class Tokenizer:
             add_generation_prompt=add_generation_prompt,
             tools=tools,
             special_tokens=self._special.names,
+            quote=functools.partial(quoted, pattern=self._spelled),
         )
 
     def save(self, folder: Path) -> None:
